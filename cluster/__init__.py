@@ -1,0 +1,1 @@
+"""The same work spread over machines: Ray actors, placement, artifact storage."""

@@ -1,0 +1,100 @@
+"""Settings of one edit: frozen, with the published defaults of each model family.
+
+Every default names its source. Knows numbers; does not know YAML, flags or files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextSettings:
+    """The texts put before a prompt, so that a key does not depend on one context only.
+
+    `fixed` uses `templates`; `sampled` lets the model continue `starts` (as the reference does),
+    seeded; `none` uses the bare prompt only. The bare prompt is always the first context.
+    """
+
+    kind: Literal["fixed", "sampled", "none"] = "fixed"
+    templates: tuple[str, ...] = ()
+    starts: tuple[str, ...] = ("The", "Therefore", "Because", "I", "You")
+    sampled_tokens: int = 10
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetSettings:
+    """Optimisation of the z vectors (method.md, step 2; the paper's Eq. 16)."""
+
+    steps: int = 20
+    lr: float = 0.5
+    clamp_norm_factor: float = 0.75
+    v_weight_decay: float = 0.5
+    kl_factor: float = 0.0625
+    loss_threshold: float = 0.05
+    facts_per_batch: int = 8
+    """How many facts are optimised at once; changes speed and memory, not the result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentSettings:
+    """Collection of the second moments C_l = E[k kᵀ]."""
+
+    tokens: int = 60_000
+    """Stop after this many tokens; the reference's 100,000 documents are 200 times too many."""
+    window: int = 256
+    """Tokens per window; windows are drawn across documents."""
+    seed: int = 0
+    position_0: Literal["include", "exclude"] = "include"
+    """Whether the first position (an attention sink in many models) counts."""
+    tolerance: float = 0.0
+    """Stop early once the estimated relative error of C is below this; 0 never stops early."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveSettings:
+    """The layer update Δ = R Kᵀ (λ C + K Kᵀ)⁻¹."""
+
+    lam: float | None = None
+    """λ, the reference's `mom2_update_weight`; None takes the family's default, which may grow
+    with the number of facts."""
+    ridge: float = 0.0
+    """Added to the diagonal of λ C as a fraction of its mean."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditSettings:
+    """All that decides which numbers come out, given a base model, facts and a corpus."""
+
+    method: Literal["memit"] = "memit"
+    layers: tuple[int, ...] = ()
+    contexts: ContextSettings = field(default_factory=ContextSettings)
+    targets: TargetSettings = field(default_factory=TargetSettings)
+    moments: MomentSettings = field(default_factory=MomentSettings)
+    solve: SolveSettings = field(default_factory=SolveSettings)
+    seed: int = 0
+
+
+def digest_of(*parts: object) -> str:
+    """sha256 over dataclasses, mappings and plain values, in a canonical form."""
+
+    def plain(value: object) -> object:
+        return asdict(value) if hasattr(value, "__dataclass_fields__") else value  # type: ignore[call-overload]
+
+    text = json.dumps([plain(p) for p in parts], sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+__all__ = [
+    "ContextSettings",
+    "EditSettings",
+    "MomentSettings",
+    "SolveSettings",
+    "TargetSettings",
+    "digest_of",
+    "replace",
+]
