@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memedit.config import EditSettings, TargetSettings
+from memedit.errors import GateError, InputError
+from workflows.gates import enforce, parse_gate
+from workflows.jobfile import load_job
+from workflows.settings import (
+    ABOVE,
+    AT_LEAST,
+    JOBS,
+    SECTIONS,
+    DoctorJob,
+    EditJob,
+    EvaluateJob,
+    PlanJob,
+    StatsJob,
+    default_cache,
+    parse_layers,
+)
+
+LEAST = {"facts": "facts.jsonl", "out": "out"}
+
+
+def job_file(folder: Path, text: str) -> Path:
+    path = folder / "job.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    config = job_file(
+        tmp_path, "facts: f.jsonl\nout: o\nseed: 1\nexecutor: ray\ntargets: {steps: 5, lr: 0.1}\n"
+    )
+    job = load_job(
+        EditJob,
+        config=config,
+        flags={"seed": 2, "layers": "5-7"},
+        assignments=["seed=3", "targets.lr=1e-2", "targets.clamp_norm_factor=4"],
+    )
+    assert (job.seed, job.executor, job.layers, job.device) == (3, "ray", (5, 6, 7), "auto")
+    assert job.targets == {"steps": 5, "lr": 0.01, "clamp_norm_factor": 4.0}
+
+
+def test_only_what_was_set_replaces_the_defaults_of_the_family() -> None:
+    family = EditSettings(layers=(3, 4), targets=TargetSettings(steps=25, lr=0.1))
+    job = load_job(EditJob, flags=LEAST, assignments=["targets.steps=20"])
+    assert job.overrides() == {"method": "memit", "targets": {"steps": 20}}
+    settings = job.settings(family)
+    assert settings == dataclasses.replace(family, targets=TargetSettings(steps=20, lr=0.1))
+
+
+def test_the_seed_reaches_every_section_that_sets_none() -> None:
+    job = load_job(EditJob, flags={**LEAST, "seed": 7}, assignments=["moments.seed=1"])
+    settings = job.settings(EditSettings())
+    assert (settings.seed, settings.contexts.seed, settings.moments.seed) == (7, 7, 1)
+
+
+def test_locations_are_relative_to_the_job_file(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("text")
+    (tmp_path / "smollm2").mkdir()
+    config = job_file(tmp_path, "facts: f.jsonl\nout: /abs\ncorpus: corpus.txt\nmodel: smollm2\n")
+    job = load_job(EditJob, config=config)
+    assert (job.facts, job.out) == (tmp_path / "f.jsonl", Path("/abs"))
+    assert (job.corpus, job.model) == (str(tmp_path / "corpus.txt"), "smollm2")
+
+
+def test_flags_are_relative_to_the_working_directory(tmp_path: Path) -> None:
+    config = job_file(tmp_path, "facts: f.jsonl\nout: o\n")
+    assert load_job(EditJob, config=config, flags={"out": "o"}).out == Path("o")
+
+
+def test_a_hugging_face_id_is_no_file(tmp_path: Path) -> None:
+    config = job_file(tmp_path, "facts: f.jsonl\nout: o\nmodel: org/model\n")
+    assert load_job(EditJob, config=config).model == "org/model"
+
+
+def test_one_job_file_serves_several_commands(tmp_path: Path) -> None:
+    config = job_file(tmp_path, "facts: f.jsonl\nout: o\ngate: [score>=80]\nsolve: {lam: 400}\n")
+    assert load_job(EditJob, config=config).gates == (parse_gate("score>=80"),)
+    assert load_job(PlanJob, config=config).solve == {"lam": 400.0}
+    assert load_job(StatsJob, config=config).overrides() == {}
+    assert load_job(EvaluateJob, config=config).facts == tmp_path / "f.jsonl"
+
+
+def test_an_unknown_family_is_described_by_free_names() -> None:
+    job = load_job(EditJob, flags=LEAST, assignments=["architecture.blocks=model.layers"])
+    assert job.architecture == {"blocks": "model.layers"}
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "hint"),
+    [
+        ("modle: x", "modle", "did you mean 'model'"),
+        ("targets: {step: 3}", "targets.step", "did you mean 'steps'"),
+        ("targets: {steps: many}", "targets.steps", "integer"),
+        ("targets: {steps: true}", "targets.steps", "integer"),
+        ("targets: {steps: 0}", "targets.steps", "at least 1"),
+        ("targets: {lr: .nan}", "targets.lr", "finite"),
+        ("targets: {lr: 0}", "targets.lr", "above 0"),
+        ("targets: 3", "targets", "section"),
+        ("contexts: {kind: sample}", "contexts.kind", "did you mean 'sampled'"),
+        ("executor: rey", "executor", "did you mean 'ray'"),
+        ("layers: [5, x]", "layers", "5-9"),
+        ("layers: 9-5", "layers", "5-9"),
+        ("gate: quality>=3", "gate", "Allowed: drift_kl"),
+        ("workers: 0", "workers", "at least 1"),
+        ("out: s3://bucket/x", "out", "local path"),
+        ("out: ''", "out", "empty"),
+        ("seed: -1", "seed", "at least 0"),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_file(
+    tmp_path: Path, text: str, field: str, hint: str
+) -> None:
+    config = job_file(tmp_path, text + "\n")
+    with pytest.raises(InputError) as caught:
+        load_job(EditJob, config=config, flags={"facts": "f"})
+    assert (caught.value.source, caught.value.field) == (str(config), field)
+    assert hint in caught.value.message
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just text", "a: b: c"])
+def test_a_job_file_that_is_no_mapping(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputError, match=r"job\.yaml"):
+        load_job(EditJob, config=job_file(tmp_path, text))
+
+
+def test_a_job_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read the job file"):
+        load_job(EditJob, config=tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    "text", ["targets.steps", "a.b.c=1", "=1", "targets.=1", "seed.x=1", "nothing=1", "targets=1"]
+)
+def test_a_wrong_assignment_is_named(text: str) -> None:
+    with pytest.raises(InputError, match="--set"):
+        load_job(EditJob, flags=LEAST, assignments=[text])
+
+
+def test_a_required_field_that_is_missing_is_named() -> None:
+    with pytest.raises(InputError, match=r"\[out\].*--out"):
+        load_job(EditJob, flags={"facts": "f"})
+
+
+def test_a_doctor_needs_nothing() -> None:
+    assert load_job(DoctorJob) == DoctorJob()
+
+
+def test_the_bounds_name_fields_that_exist() -> None:
+    for path in [*AT_LEAST, *ABOVE]:
+        section, name = path.split(".")
+        assert name in {f.name for f in dataclasses.fields(SECTIONS[section])}
+
+
+def test_the_defaults_pass_their_own_check() -> None:
+    """What `--help` shows as a default can be written into a job file."""
+    for name, kind in SECTIONS.items():
+        if name == "evaluation":
+            continue
+        for field in dataclasses.fields(kind):
+            value = getattr(kind(), field.name)
+            if value is not None and not isinstance(value, tuple):
+                job = load_job(EditJob, flags=LEAST, assignments=[f"{name}.{field.name}={value}"])
+                assert getattr(job, name) == {field.name: value}
+
+
+def test_every_job_field_has_a_help_text() -> None:
+    for kind in JOBS.values():
+        for field in dataclasses.fields(kind):
+            assert field.metadata["help"], field.name
+
+
+@given(st.sets(st.integers(0, 200), min_size=1))
+def test_layers_are_sorted_and_unique_however_written(layers: set[int]) -> None:
+    wanted = tuple(sorted(layers))
+    assert parse_layers(",".join(map(str, reversed(wanted)))) == wanted
+    assert parse_layers(list(wanted) * 2) == wanted
+    assert parse_layers(f"{wanted[0]}-{wanted[-1]}") == tuple(range(wanted[0], wanted[-1] + 1))
+
+
+def test_the_cache_can_be_moved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MEMEDIT_CACHE", str(tmp_path))
+    assert default_cache() == tmp_path
+    monkeypatch.delenv("MEMEDIT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert default_cache() == Path("/x/memedit")
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "met"),
+    [
+        ("score>=80", 80.0, True),
+        ("score >= 80.5", 80.0, False),
+        ("score>80", 80.0, False),
+        ("drift_kl<0.2", 0.1, True),
+        ("perplexity<=20", 20.1, False),
+    ],
+)
+def test_gates_compare(text: str, value: float, met: bool) -> None:
+    gate = parse_gate(text)
+    assert (gate.check({gate.metric: value}) is None) is met
+
+
+@pytest.mark.parametrize("value", [None, float("nan")])
+def test_a_metric_that_was_not_measured_meets_no_gate(value: float | None) -> None:
+    assert "not measured" in (parse_gate("score>=0").check({"score": value}) or "")
+    assert "not measured" in (parse_gate("score>=0").check({}) or "")
+
+
+@pytest.mark.parametrize(
+    "text", ["score", "score=80", "score>=x", "score>=nan", ">=80", "scor>=80"]
+)
+def test_a_wrong_gate_is_refused(text: str) -> None:
+    with pytest.raises(InputError):
+        parse_gate(text)
+
+
+def test_all_gates_that_fail_are_told_at_once() -> None:
+    gates = [parse_gate("score>=80"), parse_gate("efficacy>=99"), parse_gate("drift_kl<1")]
+    with pytest.raises(GateError, match=r"score.*efficacy") as caught:
+        enforce(gates, {"score": 70.0, "efficacy": 98.0, "drift_kl": 0.5})
+    assert caught.value.exit_code == 3
+    enforce([], {})

@@ -1,0 +1,429 @@
+"""The jobs that people run, as data: what each command can be told, with its defaults.
+
+One frozen dataclass a command. Its fields are the fields of the YAML job file *and* the flags of
+the command line (`workflows.cli` makes the flags from them), so the two cannot drift apart. Reading
+and merging the sources is `workflows.jobfile`; this module imports neither YAML nor pydantic, so
+that `memedit --help` is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from memedit.config import (
+    ContextSettings,
+    EditSettings,
+    MomentSettings,
+    SolveSettings,
+    TargetSettings,
+)
+from memedit.errors import InputError
+from workflows.gates import Gate, parse_gate
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """How much is measured before and after an edit; more takes longer and is steadier."""
+
+    facts: int | None = None
+    """Judge at most this many facts, spread evenly over the batch; None judges all."""
+    generation_tokens: int = 5
+    """A greedy continuation may say the new object within its length plus this many tokens."""
+    fluency_facts: int = 20
+    """Facts whose long continuations are scored for fluency; 0 leaves fluency out."""
+    perplexity_tokens: int = 4096
+    """Tokens of held-out text for the perplexity; 0 leaves it out."""
+    drift_prompts: int = 100
+    """Prompts of facts that were not edited, for the drift; 0 leaves it out."""
+    rows_per_batch: int = 32
+    """Rows in one forward pass; changes speed and memory, not the result."""
+
+
+SECTIONS: dict[str, type] = {
+    "contexts": ContextSettings,
+    "targets": TargetSettings,
+    "moments": MomentSettings,
+    "solve": SolveSettings,
+    "evaluation": EvaluationSettings,
+}
+"""The sections of a job file. A job keeps of each only what was set: the defaults of the four
+sections of `memedit.config` depend on the model's family."""
+
+AT_LEAST: dict[str, float] = {
+    "contexts.sampled_tokens": 1,
+    "contexts.seed": 0,
+    "targets.steps": 1,
+    "targets.facts_per_batch": 1,
+    "targets.v_weight_decay": 0,
+    "targets.kl_factor": 0,
+    "targets.loss_threshold": 0,
+    "moments.tokens": 1,
+    "moments.window": 2,
+    "moments.seed": 0,
+    "moments.tolerance": 0,
+    "solve.ridge": 0,
+    "evaluation.facts": 1,
+    "evaluation.generation_tokens": 0,
+    "evaluation.fluency_facts": 0,
+    "evaluation.perplexity_tokens": 0,
+    "evaluation.drift_prompts": 0,
+    "evaluation.rows_per_batch": 1,
+}
+ABOVE: dict[str, float] = {
+    "targets.lr": 0,
+    "targets.clamp_norm_factor": 0,
+    "solve.lam": 0,
+}
+"""The smallest values that mean something, of section fields; `option` has those of job fields."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    group: str = "Model",
+    metavar: str | None = None,
+    at_least: float | None = None,
+    positional: bool = False,
+    required: bool = False,
+    location: bool = False,
+    flag: bool = True,
+) -> Any:
+    """A field of a job, with what the command line and the job file need to know about it.
+
+    Args:
+        default: The value when no source sets it.
+        help: One sentence for `--help`.
+        group: The heading in `--help`.
+        metavar: What stands for the value in `--help`.
+        at_least: The smallest value allowed.
+        positional: Given without a flag.
+        required: No default; the job is refused without it.
+        location: A text that may name a file or folder, relative to the job file.
+        flag: Whether it is a flag; sections are set with `--set` only.
+    """
+    metadata = {
+        "help": help,
+        "group": group,
+        "metavar": metavar,
+        "at_least": at_least,
+        "positional": positional,
+        "required": required,
+        "location": location,
+        "flag": flag,
+    }
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def section(name: str) -> Any:
+    """A section of a job: a mapping that holds only what was set."""
+    return option({}, f"Fields of the section `{name}`.", flag=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every command can be told."""
+
+    json: bool = option(
+        False, "Print exactly one JSON object on stdout, nothing else.", group="Reporting"
+    )
+    log_format: Literal["auto", "rich", "plain", "json"] = option(
+        "auto",
+        "Progress on stderr: bars, lines, or one JSON object a line; auto: bars on a terminal.",
+        group="Reporting",
+    )
+    cache: Path | None = option(
+        None,
+        "Folder for converted models, statistics and z vectors."
+        " [default: $MEMEDIT_CACHE, else ~/.cache/memedit]",
+        metavar="FOLDER",
+    )
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where converted models, statistics and z vectors are kept between runs."""
+        return self.cache or default_cache()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelJob(Job):
+    """A job that runs a model."""
+
+    model: str = option(
+        "smollm2",
+        "The base model: smollm2 (the embedded default), a folder, or a Hugging Face id.",
+        metavar="MODEL",
+        location=True,
+    )
+    device: str = option(
+        "auto",
+        "Where to compute: cpu, cuda, cuda:1, or auto (a GPU when there is one).",
+        group="Machine",
+        metavar="DEVICE",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", "The number format to compute in.", group="Machine"
+    )
+    seed: int | None = option(
+        None,
+        "Seed of all that is drawn at random; also of the sections that set none. [default: 0]",
+        group="Method",
+        metavar="N",
+        at_least=0,
+    )
+    architecture: Mapping[str, str] = option(
+        {},
+        "Names of the modules of a family that memedit does not know.",
+        flag=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkJob(ModelJob):
+    """A job whose work can be spread over processes and machines."""
+
+    corpus: str = option(
+        "self",
+        "Text for the second moments: Parquet, JSON lines or text files (column `text`),"
+        " a Hugging Face dataset id, or self (sampled from the model; no data needed).",
+        group="Input",
+        metavar="CORPUS",
+        location=True,
+    )
+    layers: tuple[int, ...] | None = option(
+        None,
+        "The layers to edit, such as 5-9 or 5,6,9. [default: by model family]",
+        group="Method",
+        metavar="LAYERS",
+    )
+    executor: Literal["inline", "ray"] = option(
+        "inline",
+        "One process, or Ray actors (started locally without --address).",
+        group="Machine",
+    )
+    address: str | None = option(
+        None,
+        "The Ray cluster: auto, HOST:PORT or ray://HOST:PORT.",
+        group="Machine",
+        metavar="ADDRESS",
+    )
+    workers: int | None = option(
+        None,
+        "Ray actors. [default: as many as the cluster holds]",
+        group="Machine",
+        metavar="N",
+        at_least=1,
+    )
+    gpus_per_worker: float = option(
+        0.0, "GPUs that each Ray actor asks for.", group="Machine", metavar="N", at_least=0
+    )
+    moments: Mapping[str, Any] = section("moments")
+
+    def section_overrides(self) -> dict[str, dict[str, Any]]:
+        """What was set in the sections of `memedit.config`, and nothing else."""
+        names = ("contexts", "targets", "moments", "solve")
+        return {n: dict(getattr(self, n)) for n in names if getattr(self, n, None)}
+
+    def overrides(self) -> dict[str, Any]:
+        """All that was set of `EditSettings`, nested like it: the fields and the sections."""
+        found: dict[str, Any] = dict(self.section_overrides())
+        for name in ("method", "layers", "seed"):
+            if getattr(self, name, None) is not None:
+                found[name] = getattr(self, name)
+        if self.seed is not None:
+            for name in ("contexts", "moments"):
+                found[name] = {"seed": self.seed, **found.get(name, {})}
+        return found
+
+    def settings(self, defaults: EditSettings) -> EditSettings:
+        """The settings to run with: the family's defaults under what was set."""
+        changes = self.overrides()
+        for name, values in changes.items():
+            if name in SECTIONS:
+                changes[name] = replace(getattr(defaults, name), **values)
+        return replace(defaults, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatsJob(WorkJob):
+    """`memedit stats`: collect second moments only."""
+
+    out: Path = option(
+        None, "Folder for the second moments.", group="Output", metavar="FOLDER", required=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanJob(WorkJob):
+    """`memedit plan`: what `edit` would do, without doing it."""
+
+    facts: Path = option(
+        None,
+        "The fact table: JSON lines, JSON, Parquet or CSV.",
+        group="Input",
+        metavar="FILE",
+        required=True,
+    )
+    on_bad_row: Literal["fail", "skip"] = option(
+        "fail",
+        "A row that is wrong: stop before anything is written, or put it into rejects.jsonl.",
+        group="Input",
+    )
+    stats: Path | None = option(
+        None,
+        "Second moments made by `memedit stats`, to use instead of collecting them.",
+        group="Input",
+        metavar="FOLDER",
+    )
+    method: Literal["memit"] = option("memit", "The editing method.", group="Method")
+    contexts: Mapping[str, Any] = section("contexts")
+    targets: Mapping[str, Any] = section("targets")
+    solve: Mapping[str, Any] = section("solve")
+    evaluation: Mapping[str, Any] = section("evaluation")
+
+    @property
+    def evaluation_settings(self) -> EvaluationSettings:
+        """How much is measured."""
+        return EvaluationSettings(**self.evaluation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditJob(PlanJob):
+    """`memedit edit`: the main job."""
+
+    out: Path = option(
+        None,
+        "Folder for the patched checkpoint and the report; new or empty.",
+        group="Output",
+        metavar="FOLDER",
+        required=True,
+    )
+    gate: tuple[str, ...] = option(
+        (),
+        "Refuse to publish unless this holds, such as 'score>=80'; repeatable.",
+        group="Output",
+        metavar="GATE",
+    )
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        """The gates, parsed."""
+        return tuple(parse_gate(text) for text in self.gate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateJob(ModelJob):
+    """`memedit evaluate`: the metrics of a checkpoint on a fact table."""
+
+    facts: Path = option(
+        None,
+        "The fact table: JSON lines, JSON, Parquet or CSV.",
+        group="Input",
+        metavar="FILE",
+        required=True,
+    )
+    base: str | None = option(
+        None,
+        "The checkpoint before the edit, to measure the drift against.",
+        metavar="MODEL",
+        location=True,
+    )
+    on_bad_row: Literal["fail", "skip"] = option(
+        "fail", "A row that is wrong: stop, or leave it out.", group="Input"
+    )
+    evaluation: Mapping[str, Any] = section("evaluation")
+
+    @property
+    def evaluation_settings(self) -> EvaluationSettings:
+        """How much is measured."""
+        return EvaluationSettings(**self.evaluation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateJob(ModelJob):
+    """`memedit generate`: greedy continuations, to try a model."""
+
+    prompts: tuple[str, ...] = option(
+        (),
+        "The texts to continue.",
+        group="Input",
+        metavar="PROMPT...",
+        positional=True,
+        required=True,
+    )
+    tokens: int = option(
+        20, "Tokens to add to each prompt.", group="Output", metavar="N", at_least=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyJob(Job):
+    """`memedit verify`: check a published version against its manifest."""
+
+    version: Path = option(
+        None,
+        "The checkpoint folder that holds memedit.json.",
+        group="Input",
+        metavar="FOLDER",
+        positional=True,
+        required=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorJob(Job):
+    """`memedit doctor`: what is installed, reachable and missing, with the remedy."""
+
+    full: bool = option(
+        False, "Also start a local Ray and stop it again (some ten seconds).", group="Checks"
+    )
+
+
+JOBS: dict[str, type[Job]] = {
+    "edit": EditJob,
+    "stats": StatsJob,
+    "evaluate": EvaluateJob,
+    "generate": GenerateJob,
+    "plan": PlanJob,
+    "verify": VerifyJob,
+    "doctor": DoctorJob,
+}
+"""The command of each job."""
+
+
+def default_cache() -> Path:
+    """`$MEMEDIT_CACHE`, else `$XDG_CACHE_HOME/memedit`, else `~/.cache/memedit`."""
+    if own := os.environ.get("MEMEDIT_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "memedit"
+
+
+def parse_layers(value: object) -> object:
+    """`"5-7,9"`, `7` or `[5, 6, 7, 9]` as the layers in ascending order, each once.
+
+    Raises:
+        InputError: it is none of these, or a layer is negative.
+    """
+    wrong = InputError(f"not layers: {value!r}; write 5-9, or 5,6,9, or [5, 6, 9]")
+    if isinstance(value, list | tuple):
+        parts = [str(part) for part in value]
+    else:
+        parts = str(value).split(",")
+    layers: set[int] = set()
+    for part in parts:
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None:
+            raise wrong
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise wrong
+        layers.update(range(first, last + 1))
+    return tuple(sorted(layers))
