@@ -67,6 +67,23 @@ class SolveSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """How much is measured beside the facts, and in what portions."""
+
+    drift_prompts: int = 200
+    """At most this many prompts of facts that were not edited; 0 leaves drift out."""
+    fluency_facts: int = 20
+    """Continuations for the n-gram entropy; 0 leaves fluency out."""
+    fluency_tokens: int = 50
+    heldout_tokens: int = 4096
+    heldout_window: int = 256
+    facts_per_portion: int = 64
+    """Facts scored together, so that memory does not grow with the batch and progress shows."""
+    tokens_per_batch: int | None = None
+    """Rows times columns of one forward pass; None for what suits the device."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EditSettings:
     """All that decides which numbers come out, given a base model, facts and a corpus."""
 
@@ -92,6 +109,7 @@ def digest_of(*parts: object) -> str:
 __all__ = [
     "ContextSettings",
     "EditSettings",
+    "EvaluationSettings",
     "MomentSettings",
     "SolveSettings",
     "TargetSettings",

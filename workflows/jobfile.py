@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -182,6 +183,8 @@ def _check(kind: type[Job], item: Given) -> Any:
     _check_range(value, item, metadata.get("at_least"))
     if metadata.get("location") or isinstance(value, Path):
         return _located(value, item)
+    if name == "run_id" and value is not None and not re.fullmatch(r"\w[\w.-]{0,99}", value):
+        raise item.wrong(f"must be letters, digits, '-', '_' and '.', but it is {value!r}")
     if name == "gate":
         for text in value:
             try:

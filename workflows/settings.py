@@ -10,38 +10,23 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from memedit.config import (
     ContextSettings,
     EditSettings,
+    EvaluationSettings,
     MomentSettings,
     SolveSettings,
     TargetSettings,
 )
 from memedit.errors import InputError
 from workflows.gates import Gate, parse_gate
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """How much is measured before and after an edit; more takes longer and is steadier."""
-
-    facts: int | None = None
-    """Judge at most this many facts, spread evenly over the batch; None judges all."""
-    generation_tokens: int = 5
-    """A greedy continuation may say the new object within its length plus this many tokens."""
-    fluency_facts: int = 20
-    """Facts whose long continuations are scored for fluency; 0 leaves fluency out."""
-    perplexity_tokens: int = 4096
-    """Tokens of held-out text for the perplexity; 0 leaves it out."""
-    drift_prompts: int = 100
-    """Prompts of facts that were not edited, for the drift; 0 leaves it out."""
-    rows_per_batch: int = 32
-    """Rows in one forward pass; changes speed and memory, not the result."""
 
 
 SECTIONS: dict[str, type] = {
@@ -67,12 +52,13 @@ AT_LEAST: dict[str, float] = {
     "moments.seed": 0,
     "moments.tolerance": 0,
     "solve.ridge": 0,
-    "evaluation.facts": 1,
-    "evaluation.generation_tokens": 0,
-    "evaluation.fluency_facts": 0,
-    "evaluation.perplexity_tokens": 0,
     "evaluation.drift_prompts": 0,
-    "evaluation.rows_per_batch": 1,
+    "evaluation.fluency_facts": 0,
+    "evaluation.fluency_tokens": 1,
+    "evaluation.heldout_tokens": 0,
+    "evaluation.heldout_window": 2,
+    "evaluation.facts_per_portion": 1,
+    "evaluation.tokens_per_batch": 1,
 }
 ABOVE: dict[str, float] = {
     "targets.lr": 0,
@@ -145,6 +131,7 @@ class Job:
         " [default: $MEMEDIT_CACHE, else ~/.cache/memedit]",
         metavar="FOLDER",
     )
+    debug: bool = option(False, "Show where in the code an error arose.", group="Reporting")
 
     @property
     def cache_folder(self) -> Path:
@@ -177,6 +164,12 @@ class ModelJob(Job):
         group="Method",
         metavar="N",
         at_least=0,
+    )
+    run_id: str | None = option(
+        None,
+        "Name of this run in logs and in what it publishes. [default: from the time]",
+        group="Reporting",
+        metavar="NAME",
     )
     architecture: Mapping[str, str] = option(
         {},
@@ -404,6 +397,11 @@ def default_cache() -> Path:
         return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "memedit"
+
+
+def new_run_id() -> str:
+    """A name for a run: the time (UTC) to the second, and four random hexadecimal digits."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
 
 
 def parse_layers(value: object) -> object:
