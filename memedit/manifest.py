@@ -1,0 +1,252 @@
+"""The manifest of a published checkpoint, `memedit.json`: what it is made of and how.
+
+Knows the manifest's fields, how to read it without trusting it, and how to compare a folder with
+it. Does not know how a checkpoint is written (`memedit.checkpoint`, `memedit.publication`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import memedit
+from memedit.checksums import FileRecord, record_of
+from memedit.errors import InputError
+
+MANIFEST_NAME = "memedit.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRecord:
+    """One edited tensor as stored: sha256 over its bytes, and Frobenius norms.
+
+    `rounding_error` is ‖stored - (W + Δ)‖ / ‖Δ‖: what the checkpoint's dtype took from the update.
+    """
+
+    sha256: str
+    delta_norm: float
+    weight_norm: float
+    rounding_error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelIdentity:
+    """The base model: the name it was asked for by, and `Checkpoint.digest`."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactsIdentity:
+    """The facts that were written: `EditBatch.digest`, the file they came from, how many."""
+
+    digest: str
+    file: str
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All that made one version. The mappings hold values that JSON has."""
+
+    run_id: str
+    method: str
+    model: ModelIdentity
+    layers: tuple[int, ...]
+    facts: FactsIdentity
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    moments: Mapping[str, str] = field(default_factory=dict)
+    """Digest of the second moment by layer (a decimal string, as JSON keys are)."""
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    """By path in the version's folder, with `/`; every file but the manifest itself."""
+    tensors: Mapping[str, TensorRecord] = field(default_factory=dict)
+    metrics: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    """`before` and `after`, each by the keys of `memedit.outcome.METRIC_KEYS`."""
+    versions: Mapping[str, str] = field(default_factory=lambda: code_versions())
+    created_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One way in which a folder differs from its manifest."""
+
+    file: str
+    kind: Literal["missing", "size", "checksum", "unlisted", "outside"]
+    message: str
+
+
+def code_versions() -> dict[str, str]:
+    """The versions of memedit, Python, torch and transformers that are running."""
+    versions = {"memedit": memedit.__version__, "python": platform.python_version()}
+    for package in ("torch", "transformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "unknown"
+    return versions
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Path:
+    """Write `memedit.json` into `folder` and wait until it is on the disk.
+
+    Numbers that are not finite become null: JSON has none.
+    """
+    path = folder / MANIFEST_NAME
+    with path.open("x", encoding="utf-8") as file:
+        json.dump(_plain(asdict(manifest)), file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a published version.
+
+    Raises:
+        InputError: No manifest, one that is damaged or of a newer format, or one that names a
+            file outside its folder.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"not a version of memedit: no {MANIFEST_NAME}", source=folder) from error
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", source=path) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not JSON: {error}", source=path) from error
+    return _Reader(path).manifest(values)
+
+
+def verify(folder: Path) -> list[Problem]:
+    """Compare every file of a version with its manifest; empty when all is as published.
+
+    Hidden files are left aside. Reads every byte.
+
+    Raises:
+        InputError: The manifest is missing or damaged.
+    """
+    manifest = read_manifest(folder)
+    problems = [p for name, r in sorted(manifest.files.items()) if (p := _check(folder, name, r))]
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+    for name in sorted(present - manifest.files.keys() - {MANIFEST_NAME}):
+        if not any(part.startswith(".") for part in name.split("/")):
+            problems.append(
+                Problem(file=name, kind="unlisted", message="is not part of this version")
+            )
+    return problems
+
+
+def _check(folder: Path, name: str, listed: FileRecord) -> Problem | None:
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        return Problem(file=name, kind="outside", message="is a link that leaves the folder")
+    if not path.is_file():
+        return Problem(file=name, kind="missing", message="is missing")
+    size_bytes = path.stat().st_size
+    if size_bytes != listed.size_bytes:
+        message = f"has {size_bytes} bytes, published with {listed.size_bytes}"
+        return Problem(file=name, kind="size", message=message)
+    if record_of(path) != listed:
+        return Problem(file=name, kind="checksum", message="was changed since it was published")
+    return None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _Reader:
+    """Builds a `Manifest` from JSON values; each complaint names the field."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def manifest(self, values: Any) -> Manifest:
+        self.need(isinstance(values, dict), "", "an object")
+        found = self.take(values, "format_version", int)
+        if found != FORMAT_VERSION:
+            raise InputError(
+                f"format {found}; this memedit reads format {FORMAT_VERSION}: update memedit",
+                source=self.path,
+                field="format_version",
+            )
+        layers = self.take(values, "layers", list)
+        self.need(all(type(n) is int for n in layers), "layers", "a list of numbers")
+        metrics = self.take(values, "metrics", dict)
+        for when, measured in metrics.items():
+            self.mapping(measured, f"metrics.{when}", self.number_or_none)
+        texts = {n: self.take(values, n, str) for n in ("run_id", "created_at", "method")}
+        return Manifest(
+            **texts,
+            model=self.record(ModelIdentity, values.get("model"), "model"),
+            layers=tuple(layers),
+            facts=self.record(FactsIdentity, values.get("facts"), "facts"),
+            settings=self.take(values, "settings", dict),
+            moments=self.mapping(values.get("moments"), "moments", self.text),
+            files={
+                self.inside(name): record
+                for name, record in self.mapping(
+                    values.get("files"), "files", lambda v, n: self.record(FileRecord, v, n)
+                ).items()
+            },
+            tensors=self.mapping(
+                values.get("tensors"), "tensors", lambda v, n: self.record(TensorRecord, v, n)
+            ),
+            metrics=metrics,
+            versions=self.mapping(values.get("versions"), "versions", self.text),
+            format_version=found,
+        )
+
+    def need(self, condition: bool, name: str, wanted: str) -> None:
+        if not condition:
+            raise InputError(
+                f"damaged manifest: {wanted} is wanted", source=self.path, field=name or None
+            )
+
+    def take(self, values: Mapping[str, Any], name: str, kind: type) -> Any:
+        self.need(type(values.get(name)) is kind, name, f"a value of type {kind.__name__}")
+        return values[name]
+
+    def text(self, value: Any, name: str) -> str:
+        self.need(isinstance(value, str), name, "a text")
+        return str(value)
+
+    def number_or_none(self, value: Any, name: str) -> None:
+        self.need(value is None or type(value) in (int, float), name, "a number or null")
+
+    def mapping(self, value: Any, name: str, convert: Callable[[Any, str], Any]) -> dict[str, Any]:
+        self.need(isinstance(value, dict), name, "an object")
+        return {key: convert(entry, f"{name}.{key}") for key, entry in value.items()}
+
+    def record(self, kind: type[Any], value: Any, name: str) -> Any:
+        self.need(isinstance(value, dict), name, "an object")
+        types: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+        for part in fields(kind):
+            kinds = types[str(part.type)]
+            self.need(type(value.get(part.name)) in kinds, f"{name}.{part.name}", f"{part.type}")
+        return kind(**{part.name: value[part.name] for part in fields(kind)})
+
+    def inside(self, name: str) -> str:
+        parts = name.split("/")
+        if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+            raise InputError(
+                f"damaged manifest: {name!r} does not stay inside the folder", source=self.path
+            )
+        return name

@@ -1,0 +1,179 @@
+"""One safetensors file: its header, checked before a single tensor is read.
+
+Knows the file format (8-byte length, JSON header, raw little-endian tensors) and what a damaged
+file looks like. Does not know models, folders or indexes (`memedit.checkpoint`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+from memedit.errors import InputError
+
+HEADER_LIMIT_BYTES = 100_000_000
+"""The limit of the format's own library; a longer header is taken for damage."""
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "BOOL": torch.bool,
+        "U8": torch.uint8,
+        "I8": torch.int8,
+        "U16": torch.uint16,
+        "I16": torch.int16,
+        "U32": torch.uint32,
+        "I32": torch.int32,
+        "U64": torch.uint64,
+        "I64": torch.int64,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F32": torch.float32,
+        "F64": torch.float64,
+        "C64": torch.complex64,
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """Where one tensor lies: `offset` and `size_bytes` count from the beginning of `shard`."""
+
+    shard: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    size_bytes: int
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read and check the header of a safetensors file; reads no tensor.
+
+    Args:
+        path: The file. Its name becomes `TensorInfo.shard`.
+
+    Returns:
+        The tensors by name, in the order in which they lie in the file.
+
+    Raises:
+        InputError: The file is missing, truncated, too long or not a safetensors file, or the
+            header names an unknown dtype or bytes that overlap, leave a gap or lie outside.
+    """
+    try:
+        with path.open("rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise InputError(
+                    f"not a safetensors file: {size_bytes} bytes long, truncated?", source=path
+                )
+            (header_bytes,) = struct.unpack("<Q", prefix)
+            if header_bytes > min(HEADER_LIMIT_BYTES, size_bytes - 8):
+                raise InputError(
+                    f"not a safetensors file, or truncated: the header claims {header_bytes} bytes"
+                    f" and the file has {size_bytes}; fetch it again",
+                    source=path,
+                )
+            raw = file.read(header_bytes)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", source=path) from error
+    return _tensors_of(path, raw, size_bytes)
+
+
+def read_bytes(path: Path, info: TensorInfo) -> bytearray:
+    """Read the bytes of one tensor.
+
+    Raises:
+        InputError: The file cannot be read or has become shorter.
+    """
+    buffer = bytearray(info.size_bytes)
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(info.offset)
+            view, done = memoryview(buffer), 0
+            # The kernel returns at most 2 GiB a call.
+            while done < len(view) and (count := file.readinto(view[done:])):
+                done += count
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", source=path) from error
+    if done < info.size_bytes:
+        raise InputError("has become shorter since it was opened", source=path)
+    return buffer
+
+
+def _tensors_of(path: Path, raw: bytes, size_bytes: int) -> dict[str, TensorInfo]:
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the safetensors header is not JSON: {error}", source=path) from error
+    if not isinstance(header, dict):
+        raise InputError("the safetensors header is not a JSON object", source=path)
+    header.pop("__metadata__", None)
+
+    data_start = 8 + len(raw)
+    tensors = {name: _tensor(path, name, entry, data_start) for name, entry in header.items()}
+    in_order = sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size_bytes))
+    end = data_start
+    for name, info in in_order:
+        if info.offset != end:
+            fault = "overlap those of another tensor" if info.offset < end else "follow a gap"
+            raise InputError(f"damaged header: the bytes {fault}", source=path, field=name)
+        end += info.size_bytes
+    if end > size_bytes:
+        raise InputError(
+            f"truncated: {size_bytes} bytes, the header asks for {end}; fetch it again", source=path
+        )
+    if end < size_bytes:
+        raise InputError(f"damaged: {size_bytes} bytes, but the tensors end at {end}", source=path)
+    return dict(in_order)
+
+
+def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+    def refuse(reason: str) -> InputError:
+        return InputError(f"damaged header: {reason}", source=path, field=name)
+
+    if not isinstance(entry, dict):
+        raise refuse("not an object with dtype, shape and data_offsets")
+    dtype_name = entry.get("dtype")
+    if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
+        raise InputError(
+            f"unknown dtype {dtype_name!r}; known are {', '.join(DTYPES)}", source=path, field=name
+        )
+    shape, offsets = _counts(entry.get("shape")), _counts(entry.get("data_offsets"))
+    if shape is None:
+        raise refuse("the shape is not a list of sizes")
+    if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise refuse("data_offsets is not a pair [begin, end]")
+    dtype = DTYPES[dtype_name]
+    size_bytes = offsets[1] - offsets[0]
+    if math.prod(shape) * dtype.itemsize != size_bytes:
+        raise refuse(f"{size_bytes} bytes do not hold a {dtype_name} tensor of shape {shape}")
+    return TensorInfo(
+        shard=path.name,
+        dtype=dtype,
+        shape=tuple(shape),
+        offset=data_start + offsets[0],
+        size_bytes=size_bytes,
+    )
+
+
+def _counts(value: object) -> list[int] | None:
+    if isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value):
+        return value
+    return None
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return entries
