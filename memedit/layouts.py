@@ -87,9 +87,11 @@ def layout_of(fields: Collection[str]) -> Layout:
     Raises:
         InputError: No layout has any of them.
     """
-    for layout in LAYOUTS:
-        if any(mark in fields for mark in layout.marks):
-            return layout
+    marked = [x for x in LAYOUTS if any(mark in fields for mark in x.marks)]
+    if marked:
+        # A complete one wins, so that a further column cannot make a row look like another layout.
+        complete = (x for x in marked if all(name in fields for name in x.needs))
+        return next(complete, marked[0])
     known = "; ".join(f"{x.name}: {', '.join(x.needs)}" for x in LAYOUTS)
     found = ", ".join(sorted(map(str, fields))) or "none"
     raise InputError(f"unknown layout; fields found: {found}. Fields expected: {known}")
@@ -376,7 +378,7 @@ def _pairs(
 
 _PLAIN = ("subject", "prompt", "target_new")
 
-# The first layout with a mark among the row's fields is taken, so the telling ones come first.
+# Of several that fit, the first is taken, so the telling ones come first.
 LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="CounterFact",

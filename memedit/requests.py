@@ -196,6 +196,10 @@ def _question(request: EditRequest) -> tuple[str, str]:
     return comparable(request.subject), comparable(request.prompt)
 
 
+# Unicode's control characters, and halves of surrogate pairs, which cannot be written as UTF-8.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
 def clean_text(value: object, *, field: str, one_line: bool = False) -> str:
     """NFC-normalise and strip a text of a fact.
 
@@ -210,13 +214,10 @@ def clean_text(value: object, *, field: str, one_line: bool = False) -> str:
     if not isinstance(value, str):
         raise InputError(f"expected text, found {type_name(value)}", field=field)
     text = unicodedata.normalize("NFC", value).strip()
-    for character in text:
-        # Cs is half a surrogate pair: it cannot be written as UTF-8.
-        if unicodedata.category(character) in ("Cc", "Cs") and (
-            one_line or character not in "\n\r\t"
-        ):
+    for match in _CONTROL.finditer(text):
+        if one_line or match[0] not in "\n\r\t":
             raise InputError(
-                f"control character U+{ord(character):04X} in {text[:60]!r}; take it out",
+                f"control character U+{ord(match[0]):04X} in {text[:60]!r}; take it out",
                 field=field,
             )
     if all(unicodedata.category(c)[0] in "ZC" for c in text):

@@ -269,6 +269,12 @@ def test_every_layout_is_recognised_by_what_it_needs() -> None:
         assert layout_of({*layout.needs, layout.marks[0]}).read is layout.read
 
 
+@pytest.mark.parametrize("column", ["src", "alt", "concept", "note"])
+def test_a_further_column_does_not_make_it_another_layout(column: str) -> None:
+    row = {k: NATIVE[k] for k in ("id", "subject", "prompt", "target_new")}
+    assert read_row({**row, column: "x"}) == read_row(row)
+
+
 def rows_of(name: str) -> list[dict[str, Any]]:
     path = DATA / name
     if not path.exists():
