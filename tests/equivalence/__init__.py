@@ -1,0 +1,1 @@
+"""Fast paths held against slow, obviously correct ones."""
