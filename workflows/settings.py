@@ -8,7 +8,6 @@ that `memedit --help` is quick.
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 from collections.abc import Mapping
@@ -27,7 +26,6 @@ from memedit.config import (
 )
 from memedit.errors import InputError
 from workflows.gates import Gate, parse_gate
-
 
 SECTIONS: dict[str, type] = {
     "contexts": ContextSettings,
@@ -136,7 +134,9 @@ class Job:
     @property
     def cache_folder(self) -> Path:
         """Where converted models, statistics and z vectors are kept between runs."""
-        return self.cache or default_cache()
+        from workflows.models import cache_folder  # imports more than --help should wait for
+
+        return self.cache or cache_folder()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,14 +389,6 @@ JOBS: dict[str, type[Job]] = {
     "doctor": DoctorJob,
 }
 """The command of each job."""
-
-
-def default_cache() -> Path:
-    """`$MEMEDIT_CACHE`, else `$XDG_CACHE_HOME/memedit`, else `~/.cache/memedit`."""
-    if own := os.environ.get("MEMEDIT_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "memedit"
 
 
 def new_run_id() -> str:

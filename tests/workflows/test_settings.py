@@ -21,7 +21,6 @@ from workflows.settings import (
     EvaluateJob,
     PlanJob,
     StatsJob,
-    default_cache,
     parse_layers,
 )
 
@@ -187,10 +186,8 @@ def test_layers_are_sorted_and_unique_however_written(layers: set[int]) -> None:
 
 def test_the_cache_can_be_moved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MEMEDIT_CACHE", str(tmp_path))
-    assert default_cache() == tmp_path
-    monkeypatch.delenv("MEMEDIT_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert default_cache() == Path("/x/memedit")
+    assert load_job(DoctorJob).cache_folder == tmp_path
+    assert load_job(DoctorJob, flags={"cache": "/x"}).cache_folder == Path("/x")
 
 
 @pytest.mark.parametrize(
