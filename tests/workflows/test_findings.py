@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from memedit.outcome import METRIC_KEYS, EditOutcome, Evaluation, FactResult, TargetTrace
+from tests.workflows.outcomes import example_outcome
+from workflows.findings import METRICS, failures, layers_text, probability, sample, verdict, weakest
+
+LOST = FactResult(
+    case_id="a",
+    prompt="Paris is in",
+    target_new="Spain",
+    target_true="France",
+    efficacy=False,
+    efficacy_exact=False,
+    generation=False,
+    continuation=" France",
+    logprob_new=-3.0,
+    logprob_true=-1.0,
+)
+TRACE = TargetTrace(
+    case_id="a", losses=(9.0, 3.0, 0.04), steps=2, h_norm=10.0, delta_norm=5.0, converged=True
+)
+
+
+def one(fact: FactResult, *traces: TargetTrace) -> EditOutcome:
+    outcome = example_outcome(1)
+    return replace(outcome, after=Evaluation(metrics={}, facts=(fact,)), traces=traces)
+
+
+def test_every_metric_has_a_name():
+    assert tuple(m.key for m in METRICS) == METRIC_KEYS
+
+
+@pytest.mark.parametrize(
+    ("fact", "trace", "reason", "detail"),
+    [
+        (LOST, TRACE, "solve", "loss 9.00 → 0.04 in 2 steps; now 5.0% a token, old object 37%"),
+        (LOST, replace(TRACE, losses=(9.0, 4.0), converged=False), "target", "loss 9.00 → 4.00"),
+        (
+            LOST,
+            replace(TRACE, losses=(9.0, 4.0), delta_norm=7.5, converged=False),
+            "clamp",
+            "0.75·‖h‖",
+        ),
+        (LOST, replace(TRACE, losses=(9.0, math.nan), converged=False), "diverged", "nan"),
+        (LOST, None, "untraced", "now 5.0%"),
+        (replace(LOST, generation=True), TRACE, "wording", "now 5.0%"),
+        (replace(LOST, efficacy_exact=True), TRACE, "comparison", "old object 37%"),
+        (replace(LOST, efficacy=None, target_true=None, logprob_true=None), TRACE, "solve", "now"),
+    ],
+)
+def test_a_failure_is_given_the_reason_that_the_traces_show(fact, trace, reason, detail):
+    (failure,) = failures(one(fact, *([trace] if trace else [])))
+    assert failure.reason == reason
+    assert detail in failure.detail
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        replace(LOST, efficacy=True, efficacy_exact=True),
+        replace(LOST, efficacy=True, generation=True),
+        replace(LOST, efficacy=None, efficacy_exact=True),
+    ],
+)
+def test_a_fact_that_is_there_is_no_failure(fact):
+    assert failures(one(fact, TRACE)) == ()
+
+
+def test_the_worst_failure_comes_first():
+    facts = tuple(
+        replace(LOST, case_id=c, efficacy=e, logprob_new=p)
+        for c, e, p in (("weak", True, -9.0), ("near", False, -1.5), ("far", False, -8.0))
+    )
+    outcome = replace(example_outcome(1), after=Evaluation(metrics={}, facts=facts))
+    assert [f.after.case_id for f in failures(outcome)] == ["far", "near", "weak"]
+
+
+def test_a_neighbour_counts_as_lost_only_when_it_was_right_before():
+    good = replace(LOST, efficacy=True, efficacy_exact=True, paraphrase=(True, False))
+    outcome = replace(
+        example_outcome(1),
+        before=Evaluation(metrics={}, facts=(replace(LOST, neighbourhood=(True, False, True)),)),
+        after=Evaluation(metrics={}, facts=(replace(good, neighbourhood=(False, False, True)),)),
+    )
+    (found,) = weakest(outcome)
+    assert (found.paraphrases_failed, found.neighbours_lost) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("efficacy", "words"),
+    [(99.0, "the edit works."), (80.0, "works in part"), (30.0, "does not work")],
+)
+def test_the_verdict_follows_the_efficacy(efficacy, words):
+    outcome = example_outcome(10)
+    after = replace(outcome.after, metrics={**outcome.after.metrics, "efficacy": efficacy})
+    assert words in verdict(replace(outcome, after=after)).headline
+
+
+def test_the_verdict_names_what_was_damaged_against_the_base():
+    outcome = example_outcome(10)
+    before = Evaluation(metrics={"neighbourhood": 71.0, "perplexity": 20.0})
+    after = Evaluation(metrics={"efficacy": 99.0, "neighbourhood": 61.0, "perplexity": 22.0})
+    damage = verdict(replace(outcome, before=before, after=after)).damage
+    assert "10.0 points of the facts about other subjects were lost" in damage
+    assert "perplexity on other text rose by 10.0%" in damage
+
+
+def test_the_verdict_without_an_evaluation_claims_nothing():
+    outcome = replace(
+        example_outcome(1), before=Evaluation(metrics={}), after=Evaluation(metrics={})
+    )
+    found = verdict(outcome)
+    assert "not evaluated" in found.headline
+    assert found.success == "" and "not measured" in found.damage
+
+
+def test_the_sample_is_even_and_never_longer_than_there_are_facts():
+    outcome = example_outcome(100)
+    assert [a.case_id for _, a in sample(outcome, 4)] == ["case-0", "case-25", "case-50", "case-75"]
+    assert len(sample(example_outcome(3), 8)) == 3
+
+
+def test_small_words():
+    assert layers_text((5, 6, 7)) == "layers 5–9".replace("9", "7")
+    assert layers_text((3, 8)) == "layers 3, 8"
+    assert layers_text((9,)) == "layer 9"
+    assert probability(0.0) == "100%"
+    assert probability(-20.0) == "<0.01%"
+    assert probability(math.nan) == "n/a"

@@ -1,0 +1,327 @@
+"""What a person should conclude from an outcome: the verdict, the failures and their reasons.
+
+Knows what the metrics mean and how to say it; knows neither terminals nor HTML
+(`workflows.tables`, `workflows.report`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from memedit.outcome import EditOutcome, FactResult, TargetTrace
+
+Tone = Literal["better", "worse", "same"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """How one metric is named, printed and judged."""
+
+    key: str
+    label: str
+    meaning: str
+    percent: bool = True
+    higher_is_better: bool = True
+    decimals: int = 1
+    noise: float = 0.5
+    """A change smaller than this is called the same."""
+
+    def show(self, value: float | None) -> str:
+        """The value for reading; `n/a` where there is none."""
+        return f"{value:.{self.decimals}f}" if _real(value) else "n/a"
+
+    def change(self, before: float | None, after: float | None) -> tuple[str, Tone]:
+        """The signed change and whether it is for the better."""
+        if before is None or after is None or not (_real(before) and _real(after)):
+            return "", "same"
+        change = after - before
+        tone: Tone = "better" if (change > 0) == self.higher_is_better else "worse"
+        return f"{change:+.{self.decimals}f}", "same" if abs(change) < self.noise else tone
+
+
+def _real(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+METRICS = (
+    Metric(key="efficacy", label="Efficacy", meaning="the new object is likelier than the old"),
+    Metric(key="paraphrase", label="Paraphrase", meaning="the same, on reworded prompts"),
+    Metric(
+        key="neighbourhood",
+        label="Neighbourhood",
+        meaning="facts about other subjects still hold",
+    ),
+    Metric(key="score", label="Score", meaning="harmonic mean of the three above"),
+    Metric(
+        key="efficacy_exact",
+        label="Efficacy, exact",
+        meaning="every token is the model's first choice",
+    ),
+    Metric(
+        key="paraphrase_exact", label="Paraphrase, exact", meaning="the same, on reworded prompts"
+    ),
+    Metric(
+        key="neighbourhood_exact",
+        label="Neighbourhood, exact",
+        meaning="the same, on facts about other subjects",
+    ),
+    Metric(key="generation", label="Generation", meaning="free text says the new object"),
+    Metric(
+        key="fluency",
+        label="Fluency",
+        meaning="variety of free text; low when it repeats itself",
+        percent=False,
+        decimals=2,
+        noise=0.05,
+    ),
+    Metric(
+        key="perplexity",
+        label="Perplexity",
+        meaning="surprise at held-out text; lower is better",
+        percent=False,
+        higher_is_better=False,
+        decimals=2,
+        noise=0.05,
+    ),
+    Metric(
+        key="drift_kl",
+        label="Drift, KL",
+        meaning="shift of the next token elsewhere; lower is better",
+        percent=False,
+        higher_is_better=False,
+        decimals=3,
+        noise=0.005,
+    ),
+    Metric(
+        key="drift_top1",
+        label="Drift, same top-1",
+        meaning="other prompts whose likeliest token stayed",
+    ),
+)
+METRIC = {m.key: m for m in METRICS}
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 fact`, `1,200 facts`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def layers_text(layers: Iterable[int]) -> str:
+    """`layers 5-9` for a run of layers, `layers 3, 5, 8` otherwise."""
+    found = list(layers)
+    if len(found) == 1:
+        return f"layer {found[0]}"
+    if len(found) > 2 and found == list(range(found[0], found[-1] + 1)):
+        return f"layers {found[0]}\N{EN DASH}{found[-1]}"
+    return "layers " + ", ".join(map(str, found))
+
+
+# The verdict -----------------------------------------------------------------------------------
+
+WORKED, WORKED_IN_PART = 95.0, 70.0
+"""Efficacy (or exact efficacy where there is no old object) in percent from which we say so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Three sentences: what was edited and whether it worked, how well, and what it cost."""
+
+    headline: str
+    success: str
+    damage: str
+    tone: Tone
+
+
+def verdict(outcome: EditOutcome) -> Verdict:
+    """Say in words what the metrics of `outcome` say."""
+    before, after = outcome.before.metrics, outcome.after.metrics
+    name = "efficacy" if _real(after.get("efficacy")) else "efficacy_exact"
+    reached = after.get(name)
+    facts = plural(outcome.facts.accepted, "fact")
+    if reached is None or not math.isfinite(reached):
+        headline, tone = f"{facts} written, not evaluated", "same"
+    elif reached >= WORKED:
+        headline, tone = f"{facts} written, and the edit works", "better"
+    elif reached >= WORKED_IN_PART:
+        headline, tone = f"{facts} written, and the edit works in part", "same"
+    else:
+        headline, tone = f"{facts} written, but the edit does not work", "worse"
+    return Verdict(
+        headline=headline + ".",
+        success=_success(before, after),
+        damage=_damage(before, after),
+        tone=tone,  # type: ignore[arg-type]
+    )
+
+
+def _success(before: dict[str, float | None], after: dict[str, float | None]) -> str:
+    parts = []
+    if _real(after.get("efficacy")):
+        was = f" (before: {_whole(before['efficacy'])})" if _real(before.get("efficacy")) else ""
+        parts.append(f"prefers the new object for {_whole(after['efficacy'])} of the facts{was}")
+    if _real(after.get("paraphrase")):
+        parts.append(f"holds {_whole(after['paraphrase'])} of them when they are reworded")
+    said = after.get("generation")
+    if _real(said):
+        parts.append(f"says the new object in free text for {_whole(said)}")
+    return f"The model now {_join(parts)}." if parts else ""
+
+
+def _damage(before: dict[str, float | None], after: dict[str, float | None]) -> str:
+    """What was lost elsewhere, always against the base."""
+    parts = []
+    old, new = before.get("neighbourhood"), after.get("neighbourhood")
+    if old is not None and new is not None and _real(old) and _real(new):
+        lost = old - new
+        points = f"from {old:.1f}% to {new:.1f}%"
+        parts.append(
+            f"facts about other subjects kept their answer ({points})"
+            if lost < 1
+            else f"{lost:.1f} points of the facts about other subjects were lost ({points})"
+        )
+    old, new = before.get("perplexity"), after.get("perplexity")
+    if old is not None and new is not None and _real(old) and _real(new) and old > 0:
+        rise = 100 * (new / old - 1)
+        verb = "rose" if rise > 0 else "fell"
+        parts.append(f"perplexity on other text {verb} by {abs(rise):.1f}%")
+    top1 = after.get("drift_top1")
+    if top1 is not None and _real(top1):
+        parts.append(f"{top1:.0f}% of unrelated prompts keep their likeliest next word")
+    return f"Elsewhere: {_join(parts)}." if parts else "Damage elsewhere was not measured."
+
+
+def _whole(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.0f}%"
+
+
+def _join(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+# The failures ----------------------------------------------------------------------------------
+
+FINE_LOSS = math.log(2)
+"""Below this loss the z vector alone gives the new object a probability over a half (geometric
+mean of its tokens), so the optimisation cannot be what failed."""
+
+REASONS = {
+    "target": "The z vector never said it: the loss did not fall far enough",
+    "clamp": "The z vector was held back: it reached the norm clamp before the loss fell",
+    "diverged": "The z optimisation diverged: the loss is not a number",
+    "solve": "The z vector said it, but the layer updates lost it",
+    "wording": "The model says it, but not as its first words: tokens or spacing differ",
+    "comparison": "Every token is the first choice, yet the old object scores higher as a whole",
+    "untraced": "Unknown: no trace of the z optimisation was kept",
+}
+"""Why a fact failed, by the name of the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A fact that is not in the edited model, with the reason as far as the traces show it."""
+
+    reason: str
+    detail: str
+    before: FactResult | None
+    after: FactResult
+
+
+def failed(fact: FactResult) -> bool:
+    """Whether the fact is not there: the old object is likelier, or nobody would hear the new."""
+    return fact.efficacy is False or not (fact.efficacy_exact or fact.generation)
+
+
+def failures(outcome: EditOutcome) -> tuple[Failure, ...]:
+    """The failed facts, worst first (by how far the old object is ahead)."""
+    before = {f.case_id: f for f in outcome.before.facts}
+    traces = {t.case_id: t for t in outcome.traces}
+    targets = outcome.settings.get("targets") or {}
+    clamp = targets.get("clamp_norm_factor") if isinstance(targets, dict) else None
+    found = []
+    for fact in outcome.after.facts:
+        if failed(fact):
+            reason, detail = _why(fact, traces.get(fact.case_id), clamp)
+            found.append(
+                Failure(reason=reason, detail=detail, before=before.get(fact.case_id), after=fact)
+            )
+    return tuple(sorted(found, key=lambda f: (f.after.efficacy is not False, _lead(f.after))))
+
+
+def _lead(fact: FactResult) -> float:
+    """Log-probability of the new object over the old one, or its own where there is no old one."""
+    lead = fact.logprob_new - (fact.logprob_true or 0.0)
+    return lead if math.isfinite(lead) else -math.inf
+
+
+def _why(fact: FactResult, trace: TargetTrace | None, clamp: float | None) -> tuple[str, str]:
+    odds = f"now {probability(fact.logprob_new)} a token"
+    if fact.logprob_true is not None:
+        odds += f", old object {probability(fact.logprob_true)}"
+    if fact.efficacy_exact:
+        return "comparison", odds
+    if fact.generation:
+        return "wording", odds
+    if trace is None or not trace.losses:
+        return "untraced", odds
+    first, last, steps = trace.losses[0], trace.losses[-1], plural(trace.steps, "step")
+    if not math.isfinite(last):
+        return "diverged", f"loss {first:.2f} at first, {last} after {steps}"
+    fall = f"loss {first:.2f} → {last:.2f} in {steps}"
+    if trace.converged or last < FINE_LOSS:
+        return "solve", f"{fall}; {odds}"
+    if clamp and trace.delta_norm >= 0.99 * clamp * trace.h_norm > 0:
+        return "clamp", f"{fall}; ‖δ‖ = {trace.delta_norm / trace.h_norm:.2f}·‖h‖, the limit"
+    return "target", fall
+
+
+def probability(logprob: float) -> str:
+    """A log-probability in nats as a percentage: `84%`, `0.3%`, `<0.01%`."""
+    share = 100 * math.exp(min(logprob, 0.0)) if not math.isnan(logprob) else math.nan
+    if math.isnan(share):
+        return "n/a"
+    if share < 0.01:
+        return "<0.01%"
+    return f"{share:.0f}%" if share >= 10 else f"{share:.1f}%" if share >= 1 else f"{share:.2g}%"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weakness:
+    """A fact that is written, but narrowly or at its neighbours' cost."""
+
+    after: FactResult
+    paraphrases_failed: int
+    neighbours_lost: int
+    """Neighbourhood prompts that were right before the edit and are wrong after it."""
+
+
+def weakest(outcome: EditOutcome, n: int = 10) -> tuple[Weakness, ...]:
+    """The facts that are written but cost or generalise worst, worst first; none without fault."""
+    before = {f.case_id: f for f in outcome.before.facts}
+    found = []
+    for fact in outcome.after.facts:
+        if failed(fact):
+            continue
+        old = before.get(fact.case_id)
+        was = old.neighbourhood if old else ()
+        lost = sum(a and not b for a, b in zip(was, fact.neighbourhood, strict=False))
+        unmet = fact.paraphrase.count(False)
+        if lost or unmet:
+            found.append(Weakness(after=fact, paraphrases_failed=unmet, neighbours_lost=lost))
+
+    def cost(w: Weakness) -> float:
+        return w.paraphrases_failed / max(len(w.after.paraphrase), 1) + w.neighbours_lost / max(
+            len(w.after.neighbourhood), 1
+        )
+
+    return tuple(sorted(found, key=cost, reverse=True)[:n])
+
+
+def sample(outcome: EditOutcome, n: int) -> tuple[tuple[FactResult | None, FactResult], ...]:
+    """`n` facts (before, after), taken at even distances so that nobody chose them."""
+    before = {f.case_id: f for f in outcome.before.facts}
+    facts = outcome.after.facts
+    picks = range(len(facts)) if len(facts) <= n else [i * len(facts) // n for i in range(n)]
+    return tuple((before.get(facts[i].case_id), facts[i]) for i in picks)
