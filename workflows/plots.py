@@ -133,7 +133,7 @@ def loss_plot(traces: Sequence[TargetTrace], threshold: float | None) -> str:
         axes.minorticks_off()
         axes.set_xlabel("step")
         axes.set_xlim(-0.2, max(steps - 1, 1))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
         axes.grid(axis="y")
 
     return _svg("loss", draw, height=2.7, what="z loss by step")
