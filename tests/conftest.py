@@ -1,0 +1,26 @@
+"""What every test can ask for: the data that is not part of the project, and the real model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data, `$MEMEDIT_SHARED_DATA` or `../shared/data`; skips without it."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("MEMEDIT_SHARED_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder}; MEMEDIT_SHARED_DATA names another folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The checkpoint folder of the embedded default; fetched and converted on first use."""
+    from workflows.models import resolve_model
+
+    return resolve_model("smollm2").folder
