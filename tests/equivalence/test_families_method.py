@@ -65,10 +65,12 @@ def test_targets_equal_the_plain_ones(
     model, arch = family
     # Fewer facts a batch than facts, so that one is refilled.
     settings = TargetSettings(steps=4, lr=0.2, facts_per_batch=2)
-    found = optimise_targets(model, arch, encoded, layer=LAST, settings=settings)
+    targets = optimise_targets(model, arch, encoded, layer=LAST, settings=settings)
+    found = {target.case_id: target for target in targets}
     tokenizer, names = tiny_tokenizer(bos=True), _names(arch)
     now_NO = _current(model, arch)
-    for request, target, h_O in zip(REQUESTS, found, now_NO, strict=True):
+    for request, h_O in zip(REQUESTS, now_NO, strict=True):
+        target = found[request.case_id]
         losses: list[float] = []
         z_O = plain_target(
             model, tokenizer, request, CONTEXTS, settings, LAST, names=names, losses=losses
