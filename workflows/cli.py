@@ -174,7 +174,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command line; gives the exit code. Errors are told here, and nowhere else."""
     reporting = _Reporting(
         json="--json" in arguments,
-        json_log="--log-format=json" in arguments,
+        json_log="--log-format=json" in "=".join(arguments),
         debug="--debug" in arguments,
     )
     try:

@@ -247,6 +247,11 @@ def test_wrong_usage_is_exit_code_2_and_calls_nothing(
     assert json.loads(told.out)["error"]["exit_code"] == 2
 
 
+def test_wrong_usage_is_json_in_a_json_log(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["edit", "--log-format", "json", "--nothing"]) == 2
+    assert "--nothing" in json.loads(capsys.readouterr().err)["message"]
+
+
 def test_a_result_that_is_not_ok_is_exit_code_1(behind: Callable[..., list[Any]]) -> None:
     behind("verify", lambda job, progress: {"ok": False, "version": "v", "problems": []})
     assert run(["verify", "v"]) == 1
