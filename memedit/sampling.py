@@ -1,0 +1,80 @@
+"""Text sampled from the model itself, seeded: a corpus where there is none, and contexts.
+
+Knows transformers' `generate`; leaves the process's random state as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from memedit.prompts import encode
+from memedit.segments import device_of
+
+_TOP_K = 50
+
+
+def sample_windows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rows: int,
+    length: int,
+    seed: int,
+) -> list[list[int]]:
+    """Sample `rows` windows of `length` token ids, each beginning with a random ordinary token.
+
+    A random first token makes the windows differ in subject and kind; the rest is top-50 sampling
+    at temperature 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    special = set(tokenizer.all_special_ids)
+    ordinary = [i for i in range(len(tokenizer)) if i not in special]
+    picks = torch.randint(len(ordinary), (rows,), generator=generator).tolist()
+    start = encode(tokenizer, "")  # BOS, where the tokenizer sets one
+    prompts = [[*start, ordinary[pick]] for pick in picks]
+    return _continue(model, prompts, length - len(prompts[0]), seed)
+
+
+def sample_contexts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    starts: Sequence[str],
+    tokens: int,
+    seed: int,
+) -> list[str]:
+    """Context templates as the reference makes them: sampled continuations, then the prompt."""
+    templates = []
+    for i, start in enumerate(starts):
+        ids = encode(tokenizer, start)
+        whole = _continue(model, [ids], tokens, seed + i)[0]
+        text = str(tokenizer.decode(whole, skip_special_tokens=True))
+        # Braces stand for the prompt, and a line break would begin another text.
+        text = " ".join(text.replace("{", " ").replace("}", " ").split())
+        templates.append(f"{text}. {{}}")
+    return templates
+
+
+def _continue(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], tokens: int, seed: int
+) -> list[list[int]]:
+    device = device_of(model)
+    config = GenerationConfig(
+        do_sample=True,
+        top_k=_TOP_K,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    ids = torch.tensor(prompts, device=device)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(seed)
+        out = model.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), generation_config=config, use_cache=True
+        )
+    return [list(map(int, row)) for row in out]

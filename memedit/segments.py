@@ -1,0 +1,307 @@
+"""Running parts of a model through its own modules.
+
+A decoder's forward pass embeds, runs its blocks and applies a head. Here blocks are replaced by
+stubs, stopped after, or asked for logits at some positions only, without re-implementing any
+family's attention: the model's own `forward` always does the work. Knows blocks and caches; does
+not know facts or losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from memedit.architecture import Architecture
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where token ids go in."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.device
+
+
+class _Stop(Exception):
+    """Raised by a hook to end a forward pass once everything wanted was seen."""
+
+
+class Stub(nn.Module):
+    """Stands in for a skipped block: hands its input (or a given value) on.
+
+    Attributes that the model reads from its blocks (`attention_type`, …) come from the original.
+    """
+
+    def __init__(self, original: nn.Module, returns_tuple: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "_original", original)
+        self.returns_tuple = returns_tuple
+        self.value: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_original"), name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        hidden = hidden_states if self.value is None else self.value
+        return (hidden, None) if self.returns_tuple else hidden
+
+
+@contextmanager
+def skipped_blocks(model: PreTrainedModel, arch: Architecture, until: int) -> Iterator[Stub]:
+    """Replace blocks 0 … until-1 by stubs; the last stub's `value` is what block `until` receives.
+
+    The original blocks come back whatever happens.
+    """
+    blocks = arch.blocks(model)
+    originals = [blocks[i] for i in range(until)]
+    stubs = [Stub(block, arch.family.returns_tuple) for block in originals]
+    try:
+        for i, stub in enumerate(stubs):
+            blocks[i] = stub
+        yield stubs[-1] if stubs else Stub(nn.Identity(), False)
+    finally:
+        for i, block in enumerate(originals):
+            blocks[i] = block
+
+
+@contextmanager
+def captured_inputs(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
+    """Record the first positional input of each module during the forward passes inside."""
+    seen: dict[int, Tensor] = {}
+
+    def hook(key: int) -> Any:
+        def record(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen[key] = args[0]
+
+        return record
+
+    with ExitStack() as stack:
+        for key, module in modules.items():
+            stack.enter_context(_handle(module.register_forward_pre_hook(hook(key))))
+        yield seen
+
+
+@contextmanager
+def _handle(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def head_positions(head: nn.Module, rows: Tensor, cols: Tensor) -> Iterator[None]:
+    """Compute logits only at positions (rows[i], cols[i]): logits come out as [1, n, V].
+
+    The rows of the final hidden state are gathered before the head, so whatever the family does to
+    logits afterwards (scaling, soft-capping) still happens.
+    """
+
+    def gather(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][rows, cols].unsqueeze(0), *args[1:])
+
+    with _handle(head.register_forward_pre_hook(gather)):
+        yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Token rows for one forward pass, right-padded behind an optional left-padded prefix.
+
+    input_ids_BT int64; lengths_B true lengths; `prefix` None or the frozen keys and values of the
+    tokens before, with their true lengths.
+    """
+
+    input_ids_BT: Tensor
+    lengths_B: Tensor
+    prefix: Prefix | None = None
+
+    @classmethod
+    def of(
+        cls, ids: Sequence[Sequence[int]], *, device: torch.device, prefix: Prefix | None = None
+    ) -> Rows:
+        """Right-pad rows of token ids with zeros (a causal model never looks at them)."""
+        lengths = torch.tensor([len(row) for row in ids])
+        padded = torch.zeros(len(ids), int(lengths.max()), dtype=torch.long)
+        for i, row in enumerate(ids):
+            padded[i, : len(row)] = torch.tensor(row)
+        return cls(input_ids_BT=padded.to(device), lengths_B=lengths.to(device), prefix=prefix)
+
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments of the model's forward pass."""
+        batch, width = self.input_ids_BT.shape
+        device = self.input_ids_BT.device
+        positions = torch.arange(width, device=device).expand(batch, width)
+        if self.prefix is None:
+            # All ones: right padding is behind everything that is read.
+            mask = torch.ones(batch, width, dtype=torch.long, device=device)
+            return {
+                "input_ids": self.input_ids_BT,
+                "attention_mask": mask,
+                "position_ids": positions,
+                "use_cache": False,
+            }
+        before = self.prefix.mask_BP
+        return {
+            "input_ids": self.input_ids_BT,
+            "attention_mask": torch.cat([before, before.new_ones(batch, width)], dim=1),
+            "position_ids": positions + before.sum(1, keepdim=True),
+            "past_key_values": self.prefix.cache(),
+            "use_cache": True,
+        }
+
+
+class FrozenLayer(DynamicLayer):
+    """Keys and values of a prefix that a forward pass may read and never changes."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.frozen = keys, values
+        self.keys, self.values = keys, values
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Prefix and new states together; the prefix itself stays as it was."""
+        keys, values = self.frozen
+        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """Frozen keys and values of left-padded prefixes; mask_BP is 0 where there is padding.
+
+    `layers` holds (keys, values) of shape [B, heads, P, head width] for each block; None for a
+    block that will be skipped (a placeholder keeps the cache's length right).
+    """
+
+    mask_BP: Tensor
+    layers: tuple[tuple[Tensor, Tensor] | None, ...]
+
+    def cache(self) -> Cache:
+        """A fresh cache object over the same frozen tensors."""
+        batch, width = self.mask_BP.shape
+        known = [layer[0] for layer in self.layers if layer is not None]
+        like = known[0] if known else torch.zeros((), device=self.mask_BP.device)
+        empty = like.new_zeros(batch, 1, width, 1)
+        return Cache(layers=[FrozenLayer(*(layer or (empty, empty))) for layer in self.layers])
+
+
+def run(model: PreTrainedModel, rows: Rows) -> Tensor:
+    """A forward pass to the logits, [B, T, V] or what `head_positions` selects."""
+    logits: Tensor = model(**rows.inputs()).logits
+    return logits
+
+
+def run_to_block(
+    model: PreTrainedModel,
+    arch: Architecture,
+    rows: Rows,
+    *,
+    last: int,
+    first: int = 0,
+    hidden_BTO: Tensor | None = None,
+) -> Tensor:
+    """Hidden state at the output of block `last`, [B, T, hidden]; stops there.
+
+    With `first` > 0 the blocks before are skipped and block `first` receives `hidden_BTO`.
+    """
+    out: list[Tensor] = []
+
+    def record(_module: nn.Module, _args: Any, output: Any) -> None:
+        out.append(output[0] if isinstance(output, tuple) else output)
+        raise _Stop
+
+    block = arch.block(model, last)
+    with skipped_blocks(model, arch, first) as entry, _handle(block.register_forward_hook(record)):
+        entry.value = hidden_BTO
+        _run_stopped(model, rows)
+    return out[0]
+
+
+def run_to_rewrite(
+    model: PreTrainedModel,
+    arch: Architecture,
+    rows: Rows,
+    *,
+    layers: Sequence[int],
+    first: int = 0,
+    hidden_BTO: Tensor | None = None,
+) -> dict[int, Tensor]:
+    """Inputs of the rewrite modules of `layers` (the keys of all tokens), each [B, T, I].
+
+    Stops at the last of them, before its rewrite module runs.
+    """
+    last = max(layers)
+    modules = {layer: arch.rewrite_module(model, layer) for layer in layers}
+
+    def stop(_module: nn.Module, _args: Any) -> None:
+        raise _Stop
+
+    with (
+        skipped_blocks(model, arch, first) as entry,
+        captured_inputs(modules) as seen,
+        _handle(modules[last].register_forward_pre_hook(stop)),
+    ):
+        entry.value = hidden_BTO
+        _run_stopped(model, rows)
+    shape = rows.input_ids_BT.shape
+    # OPT flattens the batch before its rewrite module.
+    return {layer: keys.reshape(*shape, keys.shape[-1]) for layer, keys in seen.items()}
+
+
+def _run_stopped(model: PreTrainedModel, rows: Rows) -> None:
+    try:
+        model(**rows.inputs())
+    except _Stop:
+        return
+    raise RuntimeError("the forward pass ended without reaching the block it was to stop at")
+
+
+def run_prefix(
+    model: PreTrainedModel,
+    arch: Architecture,
+    ids: Sequence[Sequence[int]],
+    *,
+    device: torch.device,
+) -> Prefix:
+    """Run left-padded prefixes once through all blocks and keep their keys and values."""
+    lengths = [len(row) for row in ids]
+    # At least one column, so that rows without any prefix need no special case anywhere.
+    width = max(1, *lengths)
+    padded = torch.zeros(len(ids), width, dtype=torch.long)
+    mask = torch.zeros(len(ids), width, dtype=torch.long)
+    for i, row in enumerate(ids):
+        if row:
+            padded[i, width - len(row) :] = torch.tensor(row)
+            mask[i, width - len(row) :] = 1
+    mask = mask.to(device)
+    # A row without any token to attend to would be NaN; its state is masked when it is read.
+    attended = mask.clone()
+    attended[:, -1] = 1
+    cache = DynamicCache()  # not DynamicCache(config), which truncates sliding layers
+
+    def stop(_module: nn.Module, _args: Any) -> None:
+        raise _Stop
+
+    head = arch.head(model)  # not needed: the pass ends when it is called
+    with torch.no_grad(), _handle(head.register_forward_pre_hook(stop)), suppress(_Stop):
+        model(
+            input_ids=padded.to(device),
+            attention_mask=attended,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    layers: list[Any] = cache.layers
+    return Prefix(mask_BP=mask, layers=tuple((layer.keys, layer.values) for layer in layers))

@@ -1,0 +1,139 @@
+"""The closed form of an edit: pure linear algebra in float64, one layer at a time.
+
+With one edit per row, K [N, I] are keys, R [N, O] residuals and C [I, I] the second moment of the
+keys that must keep their values. MEMIT (Eq. 14) asks for Δ = Rᵀ K (λ C + Kᵀ K)⁻¹, Δ [O, I]. Knows
+matrices; does not know models, prompts or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memedit.errors import NumericalError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """The change of one weight as factors: delta_OI = left_NOᵀ · right_NI.
+
+    With more edits than the smaller side of the weight, the factors are the dense delta and the
+    identity's place is taken by `right_NI` being None: then left_NO is delta transposed, [I, O].
+    """
+
+    layer: int
+    left_NO: Tensor
+    right_NI: Tensor | None
+
+    @property
+    def delta_OI(self) -> Tensor:
+        """The dense change, float64 [O, I]."""
+        return self.left_NO.T if self.right_NI is None else self.left_NO.T @ self.right_NI
+
+    def cpu(self) -> Update:
+        """The same on the CPU."""
+        right_NI = None if self.right_NI is None else self.right_NI.cpu()
+        return Update(layer=self.layer, left_NO=self.left_NO.cpu(), right_NI=right_NI)
+
+
+class MomentFactor:
+    """The Cholesky factor of C, computed once and kept: λ C needs only a scale of it.
+
+    Args:
+        moment_II: C, symmetric, any float dtype and device.
+        ridge: Added to the diagonal as a fraction of its mean.
+        layer: Named in errors.
+
+    Raises:
+        NumericalError: C is not positive definite, that is, too few tokens were counted.
+    """
+
+    def __init__(self, moment_II: Tensor, *, ridge: float = 0.0, layer: int) -> None:
+        self.moment_II = moment_II.double()
+        if ridge:
+            self.moment_II = self.moment_II.clone()
+            self.moment_II.diagonal().add_(ridge * self.moment_II.diagonal().mean())
+        factor_II, info = torch.linalg.cholesky_ex(self.moment_II)
+        if int(info) != 0:
+            raise NumericalError(
+                f"the second moment of layer {layer} is singular (pivot {int(info)} of "
+                f"{len(moment_II)}): count more tokens or set solve.ridge (1e-6, say)"
+            )
+        self.factor_II = factor_II
+
+    def solve(self, rows_NI: Tensor) -> Tensor:
+        """The product rows · C⁻¹, [N, I]."""
+        solved_IN: Tensor = torch.cholesky_solve(rows_NI.T, self.factor_II)
+        return solved_IN.T
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerProblem:
+    """What a method solves at one layer; all tensors float64 on one device.
+
+    keys_NI, residuals_NO: one edit per row; the residual is the share of this layer already.
+    `moment` is C with its factor, `lam` is λ.
+    """
+
+    layer: int
+    keys_NI: Tensor
+    residuals_NO: Tensor
+    moment: MomentFactor
+    lam: float
+
+
+def solve_memit(problem: LayerProblem) -> Update:
+    """Δ = Rᵀ K (λ C + Kᵀ K)⁻¹ (MEMIT, Eq. 14), from factors or from sums, whichever is cheaper."""
+    K_NI, R_NO = problem.keys_NI, problem.residuals_NO
+    if _factors_are_cheaper(len(K_NI), K_NI.shape[1], R_NO.shape[1]):
+        return solve_from_factors(problem)
+    return solve_from_sums(
+        layer=problem.layer,
+        keys_II=K_NI.T @ K_NI,
+        residual_keys_OI=R_NO.T @ K_NI,
+        moment_II=problem.moment.moment_II,
+        lam=problem.lam,
+    )
+
+
+def _factors_are_cheaper(edits: int, inputs: int, outputs: int) -> bool:
+    """Compare the operations of the two forms, the factor of C being there already."""
+    factors = 2 * edits * inputs**2 + 2 * edits**2 * inputs + edits**3
+    sums = inputs**3 / 3 + 2 * outputs * inputs**2 + 2 * edits * inputs * (inputs + outputs)
+    return factors < sums
+
+
+def solve_from_factors(problem: LayerProblem) -> Update:
+    """The same Δ by Woodbury: Rᵀ (I + Y Kᵀ)⁻¹ Y with Y = K (λ C)⁻¹; N right-hand sides only."""
+    K_NI = problem.keys_NI
+    Y_NI = problem.moment.solve(K_NI) / problem.lam
+    G_NN = Y_NI @ K_NI.T
+    G_NN.diagonal().add_(1)
+    right_NI = torch.cholesky_solve(Y_NI, _cholesky((G_NN + G_NN.T) / 2, problem.layer))
+    return Update(layer=problem.layer, left_NO=problem.residuals_NO, right_NI=right_NI)
+
+
+def solve_from_sums(
+    *, layer: int, keys_II: Tensor, residual_keys_OI: Tensor, moment_II: Tensor, lam: float
+) -> Update:
+    """Δ = B A⁻¹ with A = λ C + Σ k kᵀ and B = Σ r kᵀ, which do not grow with the facts."""
+    A_II = lam * moment_II + keys_II
+    delta_IO = torch.cholesky_solve(residual_keys_OI.T, _cholesky(A_II, layer))
+    return Update(layer=layer, left_NO=delta_IO, right_NI=None)
+
+
+def _cholesky(matrix: Tensor, layer: int) -> Tensor:
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) != 0 or not bool(factor.isfinite().all()):
+        raise NumericalError(
+            f"the system of layer {layer} is singular: raise λ or set solve.ridge (1e-6, say)"
+        )
+    return factor
+
+
+METHODS: dict[str, Callable[[LayerProblem], Update]] = {"memit": solve_memit}
+"""A method is one closed form from a layer's problem to its update; its relatives join here."""

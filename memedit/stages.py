@@ -1,0 +1,216 @@
+"""The stages of an edit: statistics, z vectors, layer updates, evaluation.
+
+Each cuts its work into units, hands them to an executor and puts the results together, so one
+process and a cluster run the same code. Units and the order in which sums are taken depend on the
+input only, not on the workers. Knows the method's order of steps; does not know files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memedit.config import EvaluationSettings, MomentSettings, TargetSettings
+from memedit.evaluate import DriftReference, summarise
+from memedit.executor import Executor
+from memedit.moments import SecondMoment, Spread
+from memedit.outcome import METRIC_KEYS, Evaluation, FactResult
+from memedit.progress import Progress
+from memedit.prompts import EncodedRequest
+from memedit.requests import EditRequest
+from memedit.solve import LayerProblem, MomentFactor, Update
+from memedit.targets import Target
+
+_TOKENS_PER_COUNT = 2048
+_COUNTS_PER_ROUND = 8
+"""Convergence is looked at after this many batches, whoever counted them."""
+_BATCHES_PER_UNIT = 4
+_FACTS_PER_KEY_UNIT = 512
+_FACTS_PER_SCORE_UNIT = 64
+
+
+def collect_moments(
+    executor: Executor,
+    windows: Sequence[Sequence[int]],
+    *,
+    layers: tuple[int, ...],
+    settings: MomentSettings,
+    progress: Progress,
+) -> dict[int, SecondMoment]:
+    """Second moments of `layers` over windows of token ids (MEMIT, Eq. 15).
+
+    Ends before all windows are counted once the estimated error of every layer is below
+    `settings.tolerance`.
+    """
+    units = [
+        (batch, layers, settings.position_0 == "include")
+        for batch in _batches(windows, _TOKENS_PER_COUNT)
+    ]
+    progress.start("stats", total=sum(map(len, windows)), unit="tokens")
+    spreads: dict[int, Spread] = {}
+    step = _COUNTS_PER_ROUND if settings.tolerance > 0 else max(1, len(units))
+    for start in range(0, len(units), step):
+        for _, (tokens, parts) in executor.map("count", units[start : start + step]):
+            for layer, part in parts.items():
+                spreads[layer] = spreads[layer].merge(part) if layer in spreads else part
+            error = max(spread.error for spread in spreads.values())
+            progress.advance("stats", tokens, error=error)
+        if error < settings.tolerance:
+            break
+    moments: dict[int, SecondMoment] = {}
+    for part in executor.broadcast("take_moments"):
+        for layer, moment in part.items():
+            moments[layer] = moments[layer].merge(moment) if layer in moments else moment
+    progress.finish("stats")
+    return moments
+
+
+def _batches(windows: Sequence[Sequence[int]], tokens: int) -> list[list[Sequence[int]]]:
+    """Windows of similar length together, so that little of a batch is padding."""
+    batches: list[list[Sequence[int]]] = []
+    for window in sorted(windows, key=len, reverse=True):
+        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0]) > tokens:
+            batches.append([])
+        batches[-1].append(window)
+    return batches
+
+
+def find_targets(
+    executor: Executor,
+    requests: Sequence[EncodedRequest],
+    *,
+    layer: int,
+    settings: TargetSettings,
+    known: Mapping[str, Target],
+    keep: Callable[[Target], None],
+    progress: Progress,
+) -> list[Target]:
+    """The z vector of each request, in their order (MEMIT, Eq. 16).
+
+    Args:
+        executor: Where the work is done.
+        requests: Encoded facts.
+        layer: The last edited layer.
+        settings: See `TargetSettings`.
+        known: Targets found before, by case id; they are not computed again.
+        keep: Called with each new target as soon as it is found, so that a stopped run loses none.
+        progress: Told of each target.
+    """
+    progress.start("targets", total=len(requests), unit="facts")
+    found = {r.request.case_id: known[r.request.case_id] for r in requests if _id(r) in known}
+    if found:
+        progress.advance("targets", len(found))
+    # Facts of similar length share a unit, and so a batch.
+    missing = sorted((r for r in requests if _id(r) not in found), key=lambda r: len(r.kl.ids))
+    size = settings.facts_per_batch * _BATCHES_PER_UNIT
+    units = [(missing[i : i + size], layer, settings) for i in range(0, len(missing), size)]
+    for _, target in executor.map("targets", units):
+        found[target.case_id] = target
+        keep(target)
+        progress.advance("targets", 1, loss=target.losses[-1])
+    progress.finish("targets")
+    return [found[_id(r)] for r in requests]
+
+
+def _id(request: EncodedRequest) -> str:
+    return request.request.case_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolvedLayer:
+    """The update of one layer, and how far the facts were from their targets before it."""
+
+    update: Update
+    residual_norm: float
+    """Mean ‖z − h^L‖ over the facts."""
+
+
+def solve_layers(
+    executor: Executor,
+    requests: Sequence[EncodedRequest],
+    targets: Sequence[Target],
+    *,
+    moments: Mapping[int, SecondMoment],
+    layers: tuple[int, ...],
+    method: Callable[[LayerProblem], Update],
+    lam: float,
+    ridge: float,
+    residual_scale: float,
+    device: torch.device,
+    progress: Progress,
+) -> list[SolvedLayer]:
+    """Spread the residuals over the layers, from the lowest up (MEMIT, Eq. 14, 19 and 20).
+
+    Each layer is solved with the keys and the states that the updates below it have left; the
+    workers' models are edited in memory.
+
+    Args:
+        executor: Where keys are read and updates applied.
+        requests: Encoded facts.
+        targets: Their z vectors, in the same order.
+        moments: The second moment of each layer.
+        layers: The edited layers, ascending.
+        method: The closed form.
+        lam: λ.
+        ridge: See `SolveSettings`.
+        residual_scale: c where a block adds c times the rewrite module's output.
+        device: Where the solve runs, in float64.
+        progress: Told of each layer.
+    """
+    progress.start("solve", total=len(layers), unit="layers")
+    z_NO = torch.stack([target.z_O for target in targets]).double()
+    starts = range(0, len(requests), _FACTS_PER_KEY_UNIT)
+    solved = []
+    for depth, layer in enumerate(layers):
+        units = [
+            (start, requests[start : start + _FACTS_PER_KEY_UNIT], layer, layers[-1])
+            for start in starts
+        ]
+        parts = dict(executor.map("keys", units, sticky=True))
+        keys_NI = torch.cat([parts[i].keys_NI for i in range(len(units))]).double()
+        current_NO = torch.cat([parts[i].current_NO for i in range(len(units))]).double()
+        residuals_NO = z_NO - current_NO
+        residual_norm = float(residuals_NO.norm(dim=1).mean())
+        share_NO: Tensor = residuals_NO / (len(layers) - depth) / residual_scale
+        problem = LayerProblem(
+            layer=layer,
+            keys_NI=keys_NI.to(device),
+            residuals_NO=share_NO.to(device),
+            moment=MomentFactor(moments[layer].value_II.to(device), ridge=ridge, layer=layer),
+            lam=lam,
+        )
+        update = method(problem).cpu()
+        executor.broadcast("apply", update)
+        solved.append(SolvedLayer(update=update, residual_norm=residual_norm))
+        progress.advance("solve", 1, residual=residual_norm)
+    progress.finish("solve")
+    return solved
+
+
+def judge(
+    executor: Executor,
+    requests: Sequence[EditRequest],
+    *,
+    heldout: Sequence[Sequence[int]],
+    reference: DriftReference | None,
+    settings: EvaluationSettings,
+    progress: Progress,
+) -> tuple[Evaluation, DriftReference]:
+    """All metrics of the workers' model on a batch of facts; see `memedit.evaluate.evaluate`."""
+    progress.start("evaluate", total=len(requests), unit="facts")
+    size = _FACTS_PER_SCORE_UNIT
+    units = [(requests[i : i + size], settings) for i in range(0, len(requests), size)]
+    results: dict[str, FactResult] = {}
+    for _, result in executor.map("score", units):
+        results[result.case_id] = result
+        progress.advance("evaluate", 1)
+    facts = tuple(results[request.case_id] for request in requests)
+    damage = executor.map("damage", [(requests, heldout, reference, settings)])
+    ((_, (measures, reference)),) = damage
+    progress.finish("evaluate")
+    metrics = summarise(facts) | measures
+    ordered = {key: metrics.get(key) for key in METRIC_KEYS}
+    return Evaluation(metrics=ordered, facts=facts), reference

@@ -1,0 +1,135 @@
+"""One process that holds a model and does units of the work: count, optimise, read keys, score.
+
+Every method is a generator, so that whoever calls it in the same process sees each fact as it is
+finished, and whoever calls it from far away collects the lot. Knows no Ray and no files beyond the
+checkpoint that it loads.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from memedit.config import EvaluationSettings, TargetSettings
+from memedit.evaluate import DriftReference, score_facts, side_effects
+from memedit.keys import KeyPass, Keys
+from memedit.model import LoadedModel, ModelSpec, load_model
+from memedit.moments import MomentAccumulator, SecondMoment, Spread
+from memedit.outcome import FactResult
+from memedit.prompts import EncodedRequest
+from memedit.requests import EditRequest
+from memedit.sampling import sample_windows
+from memedit.solve import Update
+from memedit.targets import Target, optimise_targets
+
+
+class Worker:
+    """Holds one model and the state of one run over it.
+
+    Args:
+        spec: The model to load.
+        threads: Threads of torch in this process; None leaves torch's own choice.
+    """
+
+    def __init__(self, spec: ModelSpec, *, threads: int | None = None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.loaded = load_model(spec)
+        self._accumulator: MomentAccumulator | None = None
+        self._passes: dict[int, KeyPass] = {}
+
+    def load(self, spec: ModelSpec) -> Iterator[None]:
+        """Let go of the model and of all state, and load another."""
+        self._accumulator, self._passes = None, {}
+        del self.loaded
+        gc.collect()
+        self.loaded = load_model(spec)
+        yield None
+
+    def sample(self, rows: int, length: int, seed: int) -> Iterator[list[list[int]]]:
+        """Windows of text sampled from the model itself."""
+        yield sample_windows(
+            self.loaded.model, self.loaded.tokenizer, rows=rows, length=length, seed=seed
+        )
+
+    def count(
+        self, windows: Sequence[Sequence[int]], layers: tuple[int, ...], count_0: bool
+    ) -> Iterator[tuple[int, dict[int, Spread]]]:
+        """Add a batch of windows to this worker's second moments; its tokens and spread."""
+        if self._accumulator is None:
+            model, arch = self.loaded.model, self.loaded.arch
+            self._accumulator = MomentAccumulator(model, arch, layers=layers, count_0=count_0)
+        yield sum(map(len, windows)), self._accumulator.add(windows)
+
+    def take_moments(self) -> Iterator[dict[int, SecondMoment]]:
+        """Hand over what was counted and forget it."""
+        accumulator, self._accumulator = self._accumulator, None
+        yield accumulator.moments if accumulator is not None else {}
+
+    def targets(
+        self, requests: Sequence[EncodedRequest], layer: int, settings: TargetSettings
+    ) -> Iterator[Target]:
+        """Optimise the z vectors of some facts."""
+        model, arch = self.loaded.model, self.loaded.arch
+        yield from optimise_targets(model, arch, requests, layer=layer, settings=settings)
+
+    def keys(
+        self, unit: int, requests: Sequence[EncodedRequest], layer: int, last_layer: int
+    ) -> Iterator[Keys]:
+        """Keys and current values of a unit of facts; layers must be asked for in order."""
+        if unit not in self._passes:
+            model, arch = self.loaded.model, self.loaded.arch
+            self._passes[unit] = KeyPass(model, arch, requests, last_layer=last_layer)
+        yield self._passes[unit].at(layer)
+
+    def apply(self, update: Update) -> Iterator[None]:
+        """Add an update to the weight in memory."""
+        add_update(self.loaded, update)
+        yield None
+
+    def score(
+        self, requests: Sequence[EditRequest], settings: EvaluationSettings
+    ) -> Iterator[FactResult]:
+        """Judge some facts."""
+        loaded = self.loaded
+        yield from score_facts(
+            loaded.model, loaded.tokenizer, loaded.arch, requests, settings=settings
+        )
+
+    def damage(
+        self,
+        requests: Sequence[EditRequest],
+        heldout: Sequence[Sequence[int]],
+        reference: DriftReference | None,
+        settings: EvaluationSettings,
+    ) -> Iterator[tuple[dict[str, float | None], DriftReference]]:
+        """Fluency, perplexity and drift of the model as it is."""
+        loaded = self.loaded
+        yield side_effects(
+            loaded.model,
+            loaded.tokenizer,
+            loaded.arch,
+            requests,
+            heldout=heldout,
+            reference=reference,
+            settings=settings,
+        )
+
+    def probe(self, layer: int) -> Iterator[tuple[float, float]]:
+        """How additive the rewrite module's output is: (scale, remainder)."""
+        from memedit.architecture import probe_additivity
+
+        yield probe_additivity(self.loaded.model, self.loaded.arch, layer)
+
+
+def add_update(loaded: LoadedModel, update: Update) -> None:
+    """Add Δ to the rewrite weight of a model in memory, whatever its orientation and dtype."""
+    weight = loaded.arch.rewrite_module(loaded.model, update.layer).weight
+    assert isinstance(weight, torch.Tensor)
+    oriented_OI: Any = loaded.arch.oriented(weight.data)
+    # Summed in float64, so that what is in memory is what a checkpoint of this dtype will hold.
+    delta_OI = update.delta_OI.to(oriented_OI.device)
+    oriented_OI.copy_(oriented_OI.double() + delta_OI)
