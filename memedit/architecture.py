@@ -294,9 +294,7 @@ def _suggestion(model: nn.Module, hidden_size: int) -> tuple[str, list[str]] | N
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model's modules without any memory for weights (on the meta device), one block deep."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            truncated(config, 1)
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(truncated(config, 1))
     return model
 
 
