@@ -357,12 +357,20 @@ def probe_additivity(
 def check_additivity(
     model: PreTrainedModel, architecture: Architecture, layer: int, *, tolerance: float = 0.03
 ) -> Additivity:
-    """Probe one layer before an edit.
+    """Probe one layer before an edit; raises as `require_additive` does."""
+    found = probe_additivity(model, architecture, layer)
+    require_additive(architecture, layer, found, tolerance=tolerance)
+    return found
+
+
+def require_additive(
+    architecture: Architecture, layer: int, found: Additivity, *, tolerance: float = 0.03
+) -> None:
+    """Judge what a probe (of this process or of another) has found.
 
     Raises:
         UnsupportedModelError: More than `tolerance` of the change is not what the table says.
     """
-    found = probe_additivity(model, architecture, layer)
     if not found.remainder <= tolerance:
         raise UnsupportedModelError(
             f"a change of {architecture.weight_name(layer).removesuffix('.weight')}'s output does "
@@ -376,7 +384,6 @@ def check_additivity(
             f"residual stream, not by {architecture.residual_scale:.4g}; set architecture.scale",
             field="architecture.scale",
         )
-    return found
 
 
 def _block_output(
