@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,4 +75,5 @@ def _keep(entry: Path, value: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(value), encoding="utf-8")
         temporary.replace(entry)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
