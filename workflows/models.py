@@ -127,6 +127,13 @@ def _from_hub(repo_id: str, revision: str | None, progress: Progress) -> Path:
             source=repo_id,
             field="model",
         ) from error
+    if not any(Path(folder).glob("*.safetensors")):
+        raise InputError(
+            "the repository holds no safetensors weights, and memedit reads no others; convert it"
+            " with transformers (from_pretrained, then save_pretrained) and give the folder",
+            source=repo_id,
+            field="model",
+        )
     return Path(folder)
 
 
