@@ -28,7 +28,7 @@ from tests.plain import (
     plain_tokens,
 )
 from tests.tiny import tiny_model, tiny_tokenizer
-from workflows.settings import default_cache
+from workflows.models import cache_folder
 
 CONTEXTS = ("{}", "It rained. {}", "As the newspaper said, and many believed it. {}")
 LAYER = 2
@@ -54,7 +54,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture
 def smollm2() -> tuple[Any, Any]:
-    found = sorted((default_cache() / "models").glob("*smollm2*/config.json"))
+    found = sorted((cache_folder() / "models").glob("*smollm2*/config.json"))
     if not found:
         pytest.skip("SmolLM2 has not been converted yet")
     folder = found[-1].parent
