@@ -16,13 +16,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
 from memedit.architecture import Architecture, architecture_of, truncated
-from memedit.errors import InputError
+from memedit.errors import InputError, UnsupportedModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,6 +40,8 @@ class ModelSpec:
     dtype: str = "float32"
     until_layer: int | None = None
     overrides: Mapping[str, str] = field(default_factory=dict)
+    editable: bool = True
+    """Whether a family that cannot be edited is refused; evaluating one is fine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,14 @@ class LoadedModel:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    arch: Architecture
+    known_arch: Architecture | None
+    """None for a family that cannot be edited."""
+
+    @property
+    def arch(self) -> Architecture:
+        """Where a model that can be edited keeps things."""
+        assert self.known_arch is not None, "loaded for evaluation only"
+        return self.known_arch
 
 
 @contextmanager
@@ -63,6 +73,20 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """The checkpoint's config.
+
+    Raises:
+        InputError: transformers does not know such a model, or it needs remote code.
+    """
+    try:
+        with quiet():
+            config: PretrainedConfig = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the config could not be read: {error}", source=folder) from error
+    return config
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -86,16 +110,21 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         InputError: The folder holds no model that transformers can load without remote code.
         UnsupportedModelError: The family cannot be edited.
     """
+    config = load_config(spec.folder)
+    arch: Architecture | None = None
+    try:
+        arch = architecture_of(config, spec.overrides)
+    except UnsupportedModelError:
+        if spec.editable:
+            raise
+    if spec.until_layer is not None:
+        config = truncated(config, spec.until_layer + 1)
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(spec.folder)
-            arch = architecture_of(config, spec.overrides)
-            if spec.until_layer is not None:
-                config = truncated(config, spec.until_layer + 1)
             model = AutoModelForCausalLM.from_pretrained(
                 spec.folder, config=config, dtype=DTYPES[spec.dtype], use_safetensors=True
             )
     except (OSError, ValueError) as error:
         raise InputError(f"the model could not be loaded: {error}", source=spec.folder) from error
     model.eval().to(spec.device)
-    return LoadedModel(model=model, tokenizer=load_tokenizer(spec.folder), arch=arch)
+    return LoadedModel(model=model, tokenizer=load_tokenizer(spec.folder), known_arch=arch)

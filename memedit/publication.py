@@ -121,9 +121,18 @@ class Publication:
             raise FileNotFoundError(f"{self.staging}: {', '.join(sorted(lost))}")
         unlisted = {name: path for name, path in found.items() if name not in manifest.files}
         manifest = replace(manifest, files={**manifest.files, **records_of(unlisted)})
-        for path in self._files():
-            _sync(path)
         write_manifest(self.staging, manifest)
+        self.appear()
+        return manifest
+
+    def appear(self) -> None:
+        """Wait for the disk, and let the folder appear as `out`, as it is.
+
+        Raises:
+            InputError: `out` is no longer empty.
+        """
+        for path in (*self._files(), *self.staging.glob(MANIFEST_NAME)):
+            _sync(path)
         for folder in (*(p for p in self.staging.rglob("*") if p.is_dir()), self.staging):
             _sync(folder)
         try:
@@ -135,7 +144,6 @@ class Publication:
             raise
         self.published = True
         _sync(self.out.parent)
-        return manifest
 
     def __exit__(
         self,

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from memedit.config import EvaluationSettings, MomentSettings, TargetSettings
-from memedit.evaluate import DriftReference, summarise
+from memedit.evaluate import summarise
 from memedit.executor import Executor
 from memedit.moments import SecondMoment, Spread
 from memedit.outcome import METRIC_KEYS, Evaluation, FactResult
 from memedit.progress import Progress
 from memedit.prompts import EncodedRequest
 from memedit.requests import EditRequest
+from memedit.side_effects import DriftReference
 from memedit.solve import LayerProblem, MomentFactor, Update
 from memedit.targets import Target
 
@@ -30,6 +32,12 @@ _COUNTS_PER_ROUND = 8
 _BATCHES_PER_UNIT = 4
 _FACTS_PER_KEY_UNIT = 512
 _FACTS_PER_SCORE_UNIT = 64
+
+
+def once(executor: Executor, method: str, *arguments: Any) -> Any:
+    """The single item of one call on any worker."""
+    ((_, item),) = executor.map(method, [arguments])
+    return item
 
 
 def collect_moments(
@@ -208,8 +216,7 @@ def judge(
         results[result.case_id] = result
         progress.advance("evaluate", 1)
     facts = tuple(results[request.case_id] for request in requests)
-    damage = executor.map("damage", [(requests, heldout, reference, settings)])
-    ((_, (measures, reference)),) = damage
+    measures, reference = once(executor, "damage", requests, heldout, reference, settings)
     progress.finish("evaluate")
     metrics = summarise(facts) | measures
     ordered = {key: metrics.get(key) for key in METRIC_KEYS}

@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 
+from memedit.architecture import check_additivity
 from memedit.config import EvaluationSettings, TargetSettings
-from memedit.evaluate import DriftReference, score_facts, side_effects
+from memedit.evaluate import measure_side_effects, score_facts
 from memedit.keys import KeyPass, Keys
 from memedit.model import LoadedModel, ModelSpec, load_model
 from memedit.moments import MomentAccumulator, SecondMoment, Spread
 from memedit.outcome import FactResult
 from memedit.prompts import EncodedRequest
 from memedit.requests import EditRequest
-from memedit.sampling import sample_windows
+from memedit.sampling import sample_contexts, sample_windows
+from memedit.side_effects import DriftReference
 from memedit.solve import Update
 from memedit.targets import Target, optimise_targets
 
@@ -53,6 +55,12 @@ class Worker:
         """Windows of text sampled from the model itself."""
         yield sample_windows(
             self.loaded.model, self.loaded.tokenizer, rows=rows, length=length, seed=seed
+        )
+
+    def contexts(self, starts: tuple[str, ...], tokens: int, seed: int) -> Iterator[list[str]]:
+        """Context templates sampled from the model."""
+        yield sample_contexts(
+            self.loaded.model, self.loaded.tokenizer, starts=starts, tokens=tokens, seed=seed
         )
 
     def count(
@@ -96,7 +104,7 @@ class Worker:
         """Judge some facts."""
         loaded = self.loaded
         yield from score_facts(
-            loaded.model, loaded.tokenizer, loaded.arch, requests, settings=settings
+            loaded.model, loaded.tokenizer, loaded.known_arch, requests, settings=settings
         )
 
     def damage(
@@ -108,21 +116,21 @@ class Worker:
     ) -> Iterator[tuple[dict[str, float | None], DriftReference]]:
         """Fluency, perplexity and drift of the model as it is."""
         loaded = self.loaded
-        yield side_effects(
+        yield measure_side_effects(
             loaded.model,
             loaded.tokenizer,
-            loaded.arch,
+            loaded.known_arch,
             requests,
             heldout=heldout,
             reference=reference,
             settings=settings,
         )
 
-    def probe(self, layer: int) -> Iterator[tuple[float, float]]:
-        """How additive the rewrite module's output is: (scale, remainder)."""
-        from memedit.architecture import probe_additivity
-
-        yield probe_additivity(self.loaded.model, self.loaded.arch, layer)
+    def probe(self, layers: tuple[int, ...]) -> Iterator[None]:
+        """Check that the rewrite modules' output reaches the residual stream as it is."""
+        for layer in layers:
+            check_additivity(self.loaded.model, self.loaded.arch, layer)
+        yield None
 
 
 def add_update(loaded: LoadedModel, update: Update) -> None:

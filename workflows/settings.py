@@ -328,6 +328,13 @@ class EvaluateJob(ModelJob):
         metavar="MODEL",
         location=True,
     )
+    text: str | None = option(
+        None,
+        "Text to measure the perplexity on: Parquet, JSON lines or text files, or a dataset id.",
+        group="Input",
+        metavar="CORPUS",
+        location=True,
+    )
     on_bad_row: Literal["fail", "skip"] = option(
         "fail", "A row that is wrong: stop, or leave it out.", group="Input"
     )

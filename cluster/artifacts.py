@@ -1,0 +1,136 @@
+"""Finished work that a later run can use: second moments and z vectors, by what made them.
+
+The name of a file is the digest of every input that changes its content, so nothing stale is ever
+read. Files appear whole, by renaming. Knows a local folder; does not know how its content is made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from memedit.config import MomentSettings, TargetSettings, digest_of
+from memedit.errors import InputError
+from memedit.moments import SecondMoment, load_moment, save_moment
+from memedit.requests import EditRequest
+from memedit.targets import Target
+
+# Rises when the same inputs begin to give other numbers.
+_MOMENTS_VERSION = 1
+_TARGETS_VERSION = 1
+
+
+def moment_digest(
+    *,
+    model: str,
+    corpus: str,
+    settings: MomentSettings,
+    layer: int,
+    layers: Sequence[int],
+    dtype: str,
+) -> str:
+    """Identity of one layer's second moment.
+
+    The other layers of the run matter only where the collection stops by their common error.
+    """
+    together = tuple(layers) if settings.tolerance > 0 else None
+    return digest_of(_MOMENTS_VERSION, model, corpus, asdict(settings), layer, together, dtype)
+
+
+def target_digest(
+    request: EditRequest,
+    *,
+    model: str,
+    contexts: Sequence[str],
+    settings: TargetSettings,
+    layer: int,
+    dtype: str,
+) -> str:
+    """Identity of one fact's z vector; the size of a batch is not part of it."""
+    chosen = asdict(replace(settings, facts_per_batch=1))
+    return digest_of(_TARGETS_VERSION, model, request.digest, list(contexts), chosen, layer, dtype)
+
+
+class Artifacts:
+    """A folder of finished work, shared by all runs; safe to use from several processes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def moment(self, digest: str) -> SecondMoment | None:
+        """A second moment, if it was kept."""
+        path = self._path("moments", digest)
+        return load_moment(path)[0] if path.exists() else None
+
+    def keep_moment(self, digest: str, moment: SecondMoment) -> None:
+        """Keep a second moment under its digest."""
+        _write(
+            self._path("moments", digest),
+            lambda path: save_moment(path, moment, metadata={"digest": digest}),
+        )
+
+    def target(self, digest: str, case_id: str) -> Target | None:
+        """A z vector, if it was kept; `case_id` is the fact's name in this run."""
+        path = self._path("targets", digest)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads((file.metadata() or {})["target"])
+                z_O = file.get_tensor("z_O")
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise InputError(f"not a z vector: {error}", source=path) from error
+        losses = tuple(facts.pop("losses"))
+        return Target(case_id=case_id, z_O=z_O, losses=losses, **facts)
+
+    def keep_target(self, digest: str, target: Target) -> None:
+        """Keep a z vector under its digest."""
+        facts = {
+            "h_norm": target.h_norm,
+            "delta_norm": target.delta_norm,
+            "losses": target.losses,
+            "converged": target.converged,
+        }
+        metadata = {"target": json.dumps(facts)}
+        _write(
+            self._path("targets", digest),
+            lambda path: save_file({"z_O": target.z_O.contiguous()}, path, metadata=metadata),
+        )
+
+    def windows(self, digest: str) -> list[list[int]] | None:
+        """Windows of token ids, if they were kept."""
+        path = self._path("windows", digest)
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            ids: list[list[int]] = file.get_tensor("ids_BT").tolist()
+        return ids
+
+    def keep_windows(self, digest: str, windows: Sequence[Sequence[int]]) -> None:
+        """Keep windows of one length under their digest."""
+        ids_BT = torch.tensor(windows)
+        _write(self._path("windows", digest), lambda path: save_file({"ids_BT": ids_BT}, path))
+
+    def _path(self, kind: str, digest: str) -> Path:
+        return self.folder / kind / digest[:2] / f"{digest}.safetensors"
+
+
+def _write(path: Path, write: Callable[[Path], None]) -> None:
+    """Let a file appear at once, whatever happens while it is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    os.close(handle)
+    try:
+        write(Path(name))
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

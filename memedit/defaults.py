@@ -1,0 +1,130 @@
+"""The published settings of each model family, and ours where we measured.
+
+Knows numbers and where they come from; finds the row by the model's type and size, never by its
+name. A model without a row gets settings derived from its depth, and is told so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+from transformers import PretrainedConfig
+
+from memedit.config import EditSettings, SolveSettings, TargetSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """Settings to start from, with their source; `known` is false where they are a guess."""
+
+    settings: EditSettings
+    source: str
+    known: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """One model's settings; the model is told by its type, depth and width."""
+
+    name: str
+    model_type: str
+    blocks: int
+    hidden: int
+    layers: tuple[int, int]
+    lr: float
+    steps: int
+    clamp: float
+    decay: float
+    lam: float
+    source: str
+
+
+_REFERENCE = "the reference's hparams (kmeng01/memit)"
+_EASYEDIT = "EasyEdit's hparams"
+# Columns: method.md of the paper's reference, and of EasyEdit for the families that came later.
+_ROWS = (
+    _Row(name="GPT-2 XL", model_type="gpt2", blocks=48, hidden=1600, layers=(13, 17), lr=0.5,
+         steps=20, clamp=0.75, decay=0.5, lam=20_000, source=_REFERENCE),
+    _Row(name="GPT-J 6B", model_type="gptj", blocks=28, hidden=4096, layers=(3, 8), lr=0.5,
+         steps=25, clamp=0.75, decay=0.5, lam=15_000, source=_REFERENCE),
+    _Row(name="GPT-NeoX 20B", model_type="gpt_neox", blocks=44, hidden=6144, layers=(6, 10),
+         lr=0.5, steps=20, clamp=0.3, decay=0.5, lam=20_000, source="the paper's appendix"),
+    _Row(name="Llama-2 7B", model_type="llama", blocks=32, hidden=4096, layers=(4, 8), lr=0.5,
+         steps=25, clamp=4, decay=0.001, lam=15_000, source=_EASYEDIT),
+    _Row(name="Qwen2.5 7B", model_type="qwen2", blocks=28, hidden=3584, layers=(7, 11), lr=0.1,
+         steps=25, clamp=0.75, decay=0.5, lam=15_000, source=_EASYEDIT),
+    _Row(name="Mistral 7B", model_type="mistral", blocks=32, hidden=4096, layers=(4, 8), lr=0.5,
+         steps=25, clamp=4, decay=0.001, lam=15_000, source=_EASYEDIT),
+)  # fmt: skip
+
+# Llama-3 8B has Llama-2's depth and width; its vocabulary tells them apart.
+_LLAMA_3 = _Row(
+    name="Llama-3 8B", model_type="llama", blocks=32, hidden=4096, layers=(4, 8), lr=0.1,
+    steps=25, clamp=0.75, decay=0.5, lam=15_000, source=_EASYEDIT,
+)  # fmt: skip
+_LLAMA_3_VOCABULARY = 128_256
+
+_SMOLLM2 = ("llama", 30, 576)
+# λ against the number of facts, from benchmarks/sweep.py; in between it follows a power law.
+_SMOLLM2_LAM = ((10, 150.0), (100, 400.0), (1000, 1500.0))
+
+
+def defaults_for(config: PretrainedConfig, n_facts: int) -> Defaults:
+    """The settings for a model; λ may depend on the number of facts.
+
+    Args:
+        config: The model's config.
+        n_facts: How many facts are written at once.
+    """
+    text = config.get_text_config(decoder=True)
+    key = (text.model_type, text.num_hidden_layers, text.hidden_size)
+    if key == _SMOLLM2:
+        settings = EditSettings(
+            layers=(5, 6, 7, 8, 9),
+            targets=TargetSettings(steps=20, lr=0.5, clamp_norm_factor=0.75, v_weight_decay=0.5),
+            solve=SolveSettings(lam=_interpolated(n_facts)),
+        )
+        return Defaults(settings=settings, source="SmolLM2 135M: measured (benchmarks/sweep.py)")
+    row = next((r for r in _ROWS if (r.model_type, r.blocks, r.hidden) == key), None)
+    if row is not None and row.model_type == "llama" and text.vocab_size == _LLAMA_3_VOCABULARY:
+        row = _LLAMA_3
+    if row is not None:
+        first, last = row.layers
+        settings = EditSettings(
+            layers=tuple(range(first, last + 1)),
+            targets=TargetSettings(
+                steps=row.steps,
+                lr=row.lr,
+                clamp_norm_factor=row.clamp,
+                v_weight_decay=row.decay,
+            ),
+            solve=SolveSettings(lam=row.lam),
+        )
+        return Defaults(settings=settings, source=f"{row.name}: {row.source}")
+    return Defaults(
+        settings=EditSettings(
+            layers=_band(text.num_hidden_layers), solve=SolveSettings(lam=15_000)
+        ),
+        source=f"no published settings for {' '.join(map(str, key))}; layers by depth, λ 15,000",
+        known=False,
+    )
+
+
+def _band(blocks: int) -> tuple[int, ...]:
+    """Up to five layers that end at a third of the depth, where published settings lie."""
+    last = max(0, round(blocks / 3) - 1)
+    return tuple(range(max(0, last - 4), last + 1))
+
+
+def _interpolated(n_facts: int) -> float:
+    """λ on the power law between the measured numbers of facts; constant outside of them."""
+    points = _SMOLLM2_LAM
+    if n_facts <= points[0][0]:
+        return points[0][1]
+    for (n_0, lam_0), (n_1, lam_1) in pairwise(points):
+        if n_facts <= n_1:
+            share = math.log(n_facts / n_0) / math.log(n_1 / n_0)
+            return float(round(lam_0 * (lam_1 / lam_0) ** share, 1))
+    return points[-1][1]

@@ -1,0 +1,287 @@
+"""The main job: a table of facts and a base model in, a patched checkpoint and a report out.
+
+Reads top to bottom as the job runs. Nothing is visible at `out` before its last line but one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import torch
+
+from cluster.artifacts import Artifacts, target_digest
+from memedit.checkpoint import Patch, PatchedFiles, write_patched
+from memedit.config import EditSettings
+from memedit.errors import GateError
+from memedit.executor import Executor
+from memedit.manifest import MANIFEST_NAME, FactsIdentity, Manifest, ModelIdentity, code_versions
+from memedit.moments import SecondMoment
+from memedit.outcome import (
+    EditOutcome,
+    Evaluation,
+    FactCounts,
+    LayerUpdate,
+    MomentSummary,
+    TargetTrace,
+)
+from memedit.progress import Progress
+from memedit.prompts import EncodedRequest
+from memedit.publication import Publication
+from memedit.requests import EditBatch
+from memedit.solve import METHODS
+from memedit.stages import SolvedLayer, find_targets, judge, solve_layers
+from memedit.targets import Target
+from workflows.facts import read_facts, write_facts, write_rejects
+from workflows.progress import Timed
+from workflows.report import write_report
+from workflows.session import (
+    Base,
+    TokenSource,
+    contexts_of,
+    corpus_of,
+    encode_facts,
+    load_stats,
+    moments_for,
+    open_base,
+    open_workers,
+    settings_of,
+)
+from workflows.settings import EditJob, new_run_id
+
+FACTS_NAME = "facts.jsonl"
+REJECTS_NAME = "rejects.jsonl"
+REPORT_NAME = "report.html"
+
+
+def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
+    """Run `memedit edit`.
+
+    Raises:
+        InputError: The input or the settings are wrong; nothing was written.
+        GateError: A gate was not met; nothing was published.
+        LockError: Another run publishes to the same place.
+    """
+    timed = Timed(progress)
+    run_id = job.run_id or new_run_id()
+    with Publication(job.out, run_id=run_id) as publication:
+        # Everything that can be wrong with the input is found before a weight is loaded.
+        timed.start("load")
+        table = read_facts(job.facts, on_bad_row=job.on_bad_row)
+        base = open_base(job, timed)
+        settings = settings_of(job, base, len(table.requests), timed)
+        table, encoded = encode_facts(
+            table, base.tokenizer, contexts_of(settings, base, None), on_bad_row=job.on_bad_row
+        )
+        names = {i: base.arch.checkpoint_key(i, base.checkpoint.names) for i in settings.layers}
+        base.checkpoint.check_editable(names.values())
+        artifacts = Artifacts(job.cache_folder)
+        source = TokenSource(
+            corpus=corpus_of(job),
+            base=base,
+            settings=settings.moments,
+            heldout_tokens=job.evaluation_settings.heldout_tokens,
+            artifacts=artifacts,
+        )
+        given = load_stats(job.stats, base, settings) if job.stats else None
+        batch = table.batch
+
+        with open_workers(job, base.spec()) as executor:
+            timed.finish("load")
+            executor.broadcast("probe", settings.layers)
+            moments, moment_digests = given or moments_for(
+                source,
+                base=base,
+                settings=settings,
+                executor=executor,
+                artifacts=artifacts,
+                progress=timed,
+            )
+            heldout = source.heldout(executor)
+            before, reference = judge(
+                executor,
+                batch.requests,
+                heldout=heldout,
+                reference=None,
+                settings=job.evaluation_settings,
+                progress=timed,
+            )
+            contexts = contexts_of(settings, base, executor)
+            table, encoded = encode_facts(
+                table, base.tokenizer, contexts, on_bad_row=job.on_bad_row
+            )
+            targets = _targets(executor, encoded, contexts, base, settings, artifacts, timed)
+            solved = solve_layers(
+                executor,
+                encoded,
+                targets,
+                moments=moments,
+                layers=settings.layers,
+                method=METHODS[settings.method],
+                lam=_lam(settings),
+                ridge=settings.solve.ridge,
+                residual_scale=base.arch.residual_scale,
+                device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+                progress=timed,
+            )
+
+            patched = write_patched(
+                base.checkpoint,
+                publication.staging,
+                {names[s.update.layer]: _patch(base, s) for s in solved},
+                progress=timed,
+            )
+            # What is judged is what was saved, not what is in memory.
+            executor.broadcast("load", base.spec(folder=publication.staging))
+            after, _ = judge(
+                executor,
+                batch.requests,
+                heldout=heldout,
+                reference=reference,
+                settings=job.evaluation_settings,
+                progress=timed,
+            )
+        _check_gates(job, after)
+
+        write_facts(publication.staging / FACTS_NAME, batch.requests)
+        if table.rejects:
+            write_rejects(publication.staging / REJECTS_NAME, table.rejects)
+        counts = FactCounts(
+            read=table.read,
+            accepted=len(batch),
+            rejected=len(table.rejects),
+            rejects=str(job.out / REJECTS_NAME) if table.rejects else None,
+        )
+        outcome = EditOutcome(
+            run_id=run_id,
+            out=str(job.out),
+            manifest=str(job.out / MANIFEST_NAME),
+            method=settings.method,
+            model=base.name,
+            layers=settings.layers,
+            facts=counts,
+            before=before,
+            after=after,
+            traces=tuple(map(_trace, targets)),
+            updates=_updates(solved, patched, names, _lam(settings)),
+            moments=tuple(_summary(moments[layer]) for layer in settings.layers),
+            timings_s=timed.timings_s,
+            settings=asdict(settings) | {"resolved_contexts": list(contexts)},
+            versions=code_versions(),
+            report=str(job.out / REPORT_NAME),
+        )
+        write_report(outcome, publication.staging / REPORT_NAME)
+        publication.publish(_manifest(outcome, base, batch, patched, moment_digests))
+    return replace(outcome, timings_s=timed.timings_s)
+
+
+def _targets(
+    executor: Executor,
+    encoded: list[EncodedRequest],
+    contexts: tuple[str, ...],
+    base: Base,
+    settings: EditSettings,
+    artifacts: Artifacts,
+    progress: Progress,
+) -> list[Target]:
+    """Z vectors, those kept from earlier runs first; new ones are kept as they are found."""
+    digests = {
+        e.request.case_id: target_digest(
+            e.request,
+            model=base.checkpoint.digest,
+            contexts=contexts,
+            settings=settings.targets,
+            layer=settings.layers[-1],
+            dtype=base.job.dtype,
+        )
+        for e in encoded
+    }
+    kept = {case_id: artifacts.target(digest, case_id) for case_id, digest in digests.items()}
+    return find_targets(
+        executor,
+        encoded,
+        layer=settings.layers[-1],
+        settings=settings.targets,
+        known={case_id: target for case_id, target in kept.items() if target is not None},
+        keep=lambda target: artifacts.keep_target(digests[target.case_id], target),
+        progress=progress,
+    )
+
+
+def _lam(settings: EditSettings) -> float:
+    assert settings.solve.lam is not None, "the defaults of every family set λ"
+    return settings.solve.lam
+
+
+def _patch(base: Base, solved: SolvedLayer) -> Patch:
+    """W -> W + Δ in float64, whatever the orientation in which the checkpoint stores W."""
+
+    def patch(weight: torch.Tensor) -> torch.Tensor:
+        return weight.double() + base.arch.oriented(solved.update.delta_OI)
+
+    return patch
+
+
+def _check_gates(job: EditJob, after: Evaluation) -> None:
+    missed = [reason for gate in job.gates if (reason := gate.check(after.metrics))]
+    if missed:
+        raise GateError("not published: " + "; ".join(missed))
+
+
+def _trace(target: Target) -> TargetTrace:
+    return TargetTrace(
+        case_id=target.case_id,
+        losses=target.losses,
+        steps=len(target.losses),
+        h_norm=target.h_norm,
+        delta_norm=target.delta_norm,
+        converged=target.converged,
+    )
+
+
+def _updates(
+    solved: list[SolvedLayer], patched: PatchedFiles, names: dict[int, str], lam: float
+) -> tuple[LayerUpdate, ...]:
+    records = [(s, names[s.update.layer]) for s in solved]
+    return tuple(
+        LayerUpdate(
+            layer=s.update.layer,
+            weight_name=name,
+            delta_norm=patched.tensors[name].delta_norm,
+            weight_norm=patched.tensors[name].weight_norm,
+            lam=lam,
+            residual_norm=s.residual_norm,
+            rounding_error=patched.tensors[name].rounding_error,
+        )
+        for s, name in records
+    )
+
+
+def _summary(moment: SecondMoment) -> MomentSummary:
+    return MomentSummary(
+        layer=moment.layer,
+        tokens=moment.tokens,
+        error=moment.spread.error,
+        trace=moment.trace,
+        trace_without_position_0=moment.trace_without_position_0,
+    )
+
+
+def _manifest(
+    outcome: EditOutcome,
+    base: Base,
+    batch: EditBatch,
+    patched: PatchedFiles,
+    moment_digests: dict[int, str],
+) -> Manifest:
+    return Manifest(
+        run_id=outcome.run_id,
+        method=outcome.method,
+        model=ModelIdentity(name=base.name, digest=base.checkpoint.digest),
+        layers=outcome.layers,
+        facts=FactsIdentity(digest=batch.digest, file=FACTS_NAME, count=len(batch)),
+        settings=outcome.settings,
+        moments={str(layer): digest for layer, digest in moment_digests.items()},
+        files=patched.files,
+        tensors=patched.tensors,
+        metrics={"before": outcome.before.metrics, "after": outcome.after.metrics},
+    )

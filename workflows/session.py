@@ -1,0 +1,339 @@
+"""What every run over a model begins with: the checkpoint, its settings, its workers, its corpus.
+
+Knows how jobs name things; the work itself is in `memedit.stages`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+from cluster.executors import open_executor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from cluster.artifacts import Artifacts, moment_digest
+from memedit.architecture import Architecture, architecture_of
+from memedit.checkpoint import Checkpoint
+from memedit.config import EditSettings, MomentSettings, digest_of
+from memedit.defaults import defaults_for
+from memedit.errors import InputError
+from memedit.executor import Executor
+from memedit.model import ModelSpec, load_config, load_tokenizer
+from memedit.moments import SecondMoment, load_moment, windows_of
+from memedit.progress import Progress
+from memedit.prompts import BARE, FIXED_CONTEXTS, EncodedRequest, encode, encode_request
+from memedit.stages import collect_moments, once
+from workflows.corpora import Corpus, open_corpus
+from workflows.facts import FactTable
+from workflows.models import resolve_model
+from workflows.settings import ModelJob, WorkJob
+
+_HELDOUT_EVERY = 8
+"""One document in so many is kept out of the statistics, for the perplexity."""
+CHARACTERS_PER_TOKEN = 8
+"""More than any text needs; how far into a document it is worth reading."""
+_SAMPLED_ROWS = 32
+MIN_TOKENS_PER_WIDTH = 2
+"""Fewer tokens than this for each input of the rewrite module make C singular or worthless."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A base checkpoint that was found sound, with its tokenizer; no weight is loaded yet."""
+
+    name: str
+    checkpoint: Checkpoint
+    config: PretrainedConfig
+    arch: Architecture
+    tokenizer: PreTrainedTokenizerBase
+    job: ModelJob
+
+    @property
+    def device(self) -> str:
+        """Where to compute."""
+        return device_of_job(self.job)
+
+    def spec(self, *, folder: Path | None = None, until_layer: int | None = None) -> ModelSpec:
+        """What a worker loads: the base, or another checkpoint of the same kind."""
+        return ModelSpec(
+            folder=folder or self.checkpoint.folder,
+            device=self.device,
+            dtype=self.job.dtype,
+            until_layer=until_layer,
+            overrides=dict(self.job.architecture),
+        )
+
+
+def device_of_job(job: ModelJob) -> str:
+    """`auto` is a GPU where there is one."""
+    if job.device != "auto":
+        return job.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def open_base(job: ModelJob, progress: Progress) -> Base:
+    """Resolve the model's name and check its checkpoint and family.
+
+    Raises:
+        InputError: There is no such model, its files are damaged, or its family cannot be edited.
+    """
+    resolved = resolve_model(job.model, cache=job.cache_folder, progress=progress)
+    checkpoint = Checkpoint.open(resolved.folder, cache=job.cache_folder / "checksums")
+    config = load_config(resolved.folder)
+    return Base(
+        name=resolved.name,
+        checkpoint=checkpoint,
+        config=config,
+        arch=architecture_of(config, job.architecture),
+        tokenizer=load_tokenizer(resolved.folder),
+        job=job,
+    )
+
+
+def settings_of(job: WorkJob, base: Base, n_facts: int, progress: Progress) -> EditSettings:
+    """The family's defaults under what the job sets, checked against the model."""
+    defaults = defaults_for(base.config, n_facts)
+    settings = job.settings(defaults.settings)
+    if not defaults.known:
+        progress.message(f"{base.name}: {defaults.source}; look at the report before you trust it")
+    return replace(settings, layers=base.arch.check_layers(settings.layers))
+
+
+def open_workers(job: WorkJob, spec: ModelSpec) -> Executor:
+    """Start the workers that the job asks for."""
+    return open_executor(
+        job.executor,
+        spec,
+        address=job.address,
+        workers=job.workers,
+        gpus_per_worker=job.gpus_per_worker,
+    )
+
+
+def encode_facts(
+    table: FactTable,
+    tokenizer: PreTrainedTokenizerBase,
+    contexts: Sequence[str],
+    *,
+    on_bad_row: Literal["fail", "skip"],
+) -> tuple[FactTable, list[EncodedRequest]]:
+    """Token ids of all facts in canonical order; what the tokenizer cannot place is rejected.
+
+    Raises:
+        InputError: A fact was rejected and `on_bad_row` is "fail", or none is left.
+    """
+    encoded: list[EncodedRequest] = []
+    for request in table.batch:
+        try:
+            encoded.append(encode_request(tokenizer, request, contexts))
+        except InputError as error:
+            table = table.reject(request.case_id, error.message, field=error.field)
+    if on_bad_row == "fail":
+        table.require_no_rejects()
+    table.require_requests()
+    return table, encoded
+
+
+def contexts_of(settings: EditSettings, base: Base, executor: Executor | None) -> tuple[str, ...]:
+    """The context templates of a run, the bare prompt first.
+
+    Raises:
+        InputError: A template has not exactly one `{}`.
+    """
+    chosen = settings.contexts
+    if chosen.kind == "none":
+        return (BARE,)
+    if chosen.kind == "fixed":
+        templates = chosen.templates or FIXED_CONTEXTS
+        for template in templates:
+            if template.count("{}") != 1:
+                raise InputError(
+                    f"{template!r} has not exactly one {{}}, which stands for the prompt",
+                    field="contexts.templates",
+                )
+        return (BARE, *templates)
+    if executor is None:
+        return (BARE,)  # enough to check the facts before a model is loaded
+    templates = once(executor, "contexts", chosen.starts, chosen.sampled_tokens, chosen.seed)
+    return (BARE, *templates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSource:
+    """Where the statistics' tokens come from, and what is kept out of them.
+
+    Raises (from its methods):
+        InputError: The corpus is too small.
+    """
+
+    corpus: Corpus
+    base: Base
+    settings: MomentSettings
+    heldout_tokens: int
+    artifacts: Artifacts
+
+    @property
+    def digest(self) -> str:
+        """Identity of the text; of sampled text, that of what it is sampled from."""
+        if self.corpus.kind == "self":
+            return digest_of("self", self.base.checkpoint.digest, self.settings.seed)
+        return self.corpus.digest
+
+    def windows(self, executor: Executor, progress: Progress) -> list[list[int]]:
+        """Windows of token ids to count, at least `settings.tokens` where the corpus has them."""
+        if self.corpus.kind == "self":
+            rows = math.ceil(self.settings.tokens / self.settings.window)
+            progress.message(f"Sampling {self.settings.tokens} tokens from the model (corpus self)")
+            windows = self._sample(executor, rows, first_seed=1)
+        else:
+            kept_out = self._heldout_texts()
+            texts = [text for i, text in enumerate(self._texts()) if i not in kept_out]
+            windows = self._cut(texts, self.settings.tokens)
+        needed = MIN_TOKENS_PER_WIDTH * self.base.arch.input_width(self.base.config)
+        found = sum(map(len, windows))
+        if found < needed:
+            raise InputError(
+                f"too small for the statistics: {found} tokens, and this model's keys need at "
+                f"least {needed}; give more text, or let moments.tokens be larger",
+                source=self.corpus.spec,
+                field="corpus",
+            )
+        return windows
+
+    def heldout(self, executor: Executor) -> list[list[int]]:
+        """Windows that are not counted, to measure the perplexity on."""
+        if not self.heldout_tokens:
+            return []
+        if self.corpus.kind != "self":
+            kept_out = self._heldout_texts()
+            texts = [text for i, text in enumerate(self._texts()) if i in kept_out]
+            return self._cut(texts, self.heldout_tokens)
+        digest = digest_of("heldout", self.digest, self.settings.window, self.heldout_tokens)
+        known = self.artifacts.windows(digest)
+        if known is not None:
+            return known
+        rows = math.ceil(self.heldout_tokens / self.settings.window)
+        windows = self._sample(executor, rows, first_seed=0)
+        self.artifacts.keep_windows(digest, windows)
+        return windows
+
+    def _sample(self, executor: Executor, rows: int, first_seed: int) -> list[list[int]]:
+        # Held-out text takes one seed and counted text the others: they never meet.
+        units = []
+        for i, start in enumerate(range(0, rows, _SAMPLED_ROWS)):
+            size = min(_SAMPLED_ROWS, rows - start)
+            seed = (self.settings.seed << 20) + first_seed + i
+            units.append((size, self.settings.window, seed))
+        parts = dict(executor.map("sample", units))
+        return [window for i in range(len(units)) for window in parts[i]]
+
+    def _texts(self) -> list[str]:
+        """The documents worth reading: not more than a few windows of each are ever used."""
+        wanted = math.ceil((self.settings.tokens + self.heldout_tokens) / self.settings.window)
+        texts = list(islice(self.corpus.documents(), 4 * wanted))
+        each = math.ceil(2 * wanted / len(texts)) + 1
+        return [text[: each * self.settings.window * CHARACTERS_PER_TOKEN] for text in texts]
+
+    def _heldout_texts(self) -> set[int]:
+        count = len(self._texts())
+        return set(range(_HELDOUT_EVERY - 1, count, _HELDOUT_EVERY)) if count > 1 else set()
+
+    def _cut(self, texts: Sequence[str], tokens: int) -> list[list[int]]:
+        tokenizer = self.base.tokenizer
+        bos = encode(tokenizer, "")
+        documents = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        window = self.settings.window - len(bos)
+        cut = windows_of(documents, window=window, tokens=tokens, seed=self.settings.seed)
+        # Each window begins as a text does: the model never saw a first position without its BOS.
+        return [[*bos, *ids] for ids in cut]
+
+
+def moments_for(
+    source: TokenSource,
+    *,
+    base: Base,
+    settings: EditSettings,
+    executor: Executor,
+    artifacts: Artifacts,
+    progress: Progress,
+) -> tuple[dict[int, SecondMoment], dict[int, str]]:
+    """The second moments of the edited layers, kept ones first, and their digests."""
+    digests = {
+        layer: moment_digest(
+            model=base.checkpoint.digest,
+            corpus=source.digest,
+            settings=settings.moments,
+            layer=layer,
+            layers=settings.layers,
+            dtype=base.job.dtype,
+        )
+        for layer in settings.layers
+    }
+    known = {layer: artifacts.moment(digest) for layer, digest in digests.items()}
+    moments = {layer: moment for layer, moment in known.items() if moment is not None}
+    if len(moments) == len(digests):
+        progress.start("stats", total=len(moments), unit="layers")
+        progress.advance("stats", len(moments))
+        progress.finish("stats")
+        return moments, digests
+    moments = collect_moments(
+        executor,
+        source.windows(executor, progress),
+        layers=settings.layers,
+        settings=settings.moments,
+        progress=progress,
+    )
+    for layer, moment in moments.items():
+        artifacts.keep_moment(digests[layer], moment)
+    return moments, digests
+
+
+def corpus_of(job: WorkJob) -> Corpus:
+    """The job's corpus, opened and checked."""
+    return open_corpus(job.corpus)
+
+
+STATS_NAME = "stats.json"
+
+
+def load_stats(
+    folder: Path, base: Base, settings: EditSettings
+) -> tuple[dict[int, SecondMoment], dict[int, str]]:
+    """The second moments that `memedit stats` wrote, with their digests.
+
+    Raises:
+        InputError: They belong to another model, or lack a layer.
+    """
+    path = folder / STATS_NAME
+    try:
+        stats = json.loads(path.read_text())
+        model, digests = stats["model"]["digest"], stats["moments"]
+    except FileNotFoundError as error:
+        raise InputError(f"holds no {STATS_NAME}", source=folder, field="stats") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError("not what `memedit stats` writes", source=path) from error
+    if model != base.checkpoint.digest:
+        raise InputError(
+            f"these are the statistics of another model ({stats['model']['name']}, "
+            f"{model[:12]}…; this is {base.checkpoint.digest[:12]}…)",
+            source=path,
+            field="model",
+        )
+    missing = [layer for layer in settings.layers if str(layer) not in digests]
+    if missing:
+        raise InputError(
+            f"no statistics of layers {', '.join(map(str, missing))}", source=path, field="layers"
+        )
+    moments = {layer: load_moment(moments_path(folder, layer))[0] for layer in settings.layers}
+    return moments, {layer: digests[str(layer)] for layer in settings.layers}
+
+
+def moments_path(folder: Path, layer: int) -> Path:
+    """Where `memedit stats` puts the second moment of a layer."""
+    return folder / f"layer-{layer}.safetensors"

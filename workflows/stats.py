@@ -1,0 +1,87 @@
+"""`memedit stats`: collect second moments only, for later edits of the same model.
+
+Loads the blocks up to the last edited layer and no more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from cluster.artifacts import Artifacts
+from memedit.manifest import code_versions
+from memedit.moments import save_moment
+from memedit.progress import Progress
+from memedit.publication import Publication
+from workflows.progress import Timed
+from workflows.session import (
+    STATS_NAME,
+    TokenSource,
+    corpus_of,
+    moments_for,
+    moments_path,
+    open_base,
+    open_workers,
+    settings_of,
+)
+from workflows.settings import StatsJob, new_run_id
+
+
+def run_stats(job: StatsJob, progress: Progress) -> Mapping[str, Any]:
+    """Run `memedit stats`; the folder appears whole or not at all."""
+    timed = Timed(progress)
+    with Publication(job.out, run_id=job.run_id or new_run_id()) as publication:
+        timed.start("load")
+        base = open_base(job, timed)
+        settings = settings_of(job, base, 1, timed)
+        artifacts = Artifacts(job.cache_folder)
+        source = TokenSource(
+            corpus=corpus_of(job),
+            base=base,
+            settings=settings.moments,
+            heldout_tokens=0,
+            artifacts=artifacts,
+        )
+        # Sampling needs the whole model; counting only the blocks below.
+        until = None if source.corpus.kind == "self" else settings.layers[-1]
+        with open_workers(job, base.spec(until_layer=until)) as executor:
+            timed.finish("load")
+            moments, digests = moments_for(
+                source,
+                base=base,
+                settings=settings,
+                executor=executor,
+                artifacts=artifacts,
+                progress=timed,
+            )
+        for layer, moment in moments.items():
+            path = moments_path(publication.staging, layer)
+            save_moment(path, moment, metadata={"digest": digests[layer]})
+        layers = {
+            str(layer): {
+                "tokens": moment.tokens,
+                "error": moment.spread.error,
+                "trace": moment.trace,
+                "trace_without_position_0": moment.trace_without_position_0,
+            }
+            for layer, moment in sorted(moments.items())
+        }
+        stats = {
+            "model": {"name": base.name, "digest": base.checkpoint.digest},
+            "corpus": {"name": source.corpus.spec, "digest": source.digest},
+            "settings": asdict(settings.moments),
+            "moments": {str(layer): digest for layer, digest in digests.items()},
+            "layers": layers,
+            "versions": code_versions(),
+        }
+        (publication.staging / STATS_NAME).write_text(json.dumps(stats, indent=2) + "\n")
+        publication.appear()
+    return {
+        "out": str(job.out),
+        "model": base.name,
+        "corpus": source.corpus.spec,
+        "layers": layers,
+        "timings_s": timed.timings_s,
+    }
