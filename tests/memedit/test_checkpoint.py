@@ -379,7 +379,8 @@ class TestWritePatched:
 
     def test_what_must_not_go_along_stays(self, plain: Path, tmp_path: Path) -> None:
         stay = (
-            *("memedit.json", "report.html", "rejects.jsonl", "pytorch_model.bin", "x.gguf"),
+            *("memedit.json", "facts.jsonl", "report.html", "rejects.jsonl"),
+            *("pytorch_model.bin", "x.gguf"),
             *(".gitattributes", "consolidated.safetensors"),
         )
         go = ("LICENSE", "generation_config.json", "additional_chat_templates/tool.jinja")
