@@ -34,15 +34,18 @@ def moment_digest(
     corpus: str,
     settings: MomentSettings,
     layer: int,
+    weight_name: str,
     layers: Sequence[int],
     dtype: str,
 ) -> str:
     """Identity of one layer's second moment.
 
+    The module whose inputs are counted has a name, which a job may set for unknown families.
     The other layers of the run matter only where the collection stops by their common error.
     """
     together = tuple(layers) if settings.tolerance > 0 else None
-    return digest_of(_MOMENTS_VERSION, model, corpus, asdict(settings), layer, together, dtype)
+    place = (layer, weight_name, together)
+    return digest_of(_MOMENTS_VERSION, model, corpus, asdict(settings), place, dtype)
 
 
 def target_digest(
@@ -55,7 +58,7 @@ def target_digest(
     dtype: str,
 ) -> str:
     """Identity of one fact's z vector; the size of a batch is not part of it."""
-    chosen = asdict(replace(settings, facts_per_batch=1))
+    chosen = asdict(replace(settings, tokens_per_batch=None))
     return digest_of(_TARGETS_VERSION, model, request.digest, list(contexts), chosen, layer, dtype)
 
 

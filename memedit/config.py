@@ -36,8 +36,9 @@ class TargetSettings:
     v_weight_decay: float = 0.5
     kl_factor: float = 0.0625
     loss_threshold: float = 0.05
-    facts_per_batch: int = 8
-    """How many facts are optimised at once; changes speed and memory, not the result."""
+    tokens_per_batch: int | None = None
+    """Token positions (facts times contexts times length) that are optimised at once; None for what
+    suits the device. Changes speed and memory, and only the last bits of the result."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,7 +131,7 @@ class Rows:
     ) -> Rows:
         """Right-pad rows of token ids with zeros (a causal model never looks at them)."""
         lengths = torch.tensor([len(row) for row in ids])
-        padded = torch.zeros(len(ids), int(lengths.max()), dtype=torch.long)
+        padded = torch.zeros(len(ids), max(1, int(lengths.max())), dtype=torch.long)
         for i, row in enumerate(ids):
             padded[i, : len(row)] = torch.tensor(row)
         return cls(input_ids_BT=padded.to(device), lengths_B=lengths.to(device), prefix=prefix)
@@ -161,7 +161,10 @@ class Rows:
 
 
 class FrozenLayer(DynamicLayer):
-    """Keys and values of a prefix that a forward pass may read and never changes."""
+    """Keys and values of a prefix that a forward pass reads and never changes.
+
+    `new` holds those of the tokens that the last forward pass added.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -173,28 +176,53 @@ class FrozenLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Prefix and new states together; the prefix itself stays as it was."""
+        self.new = key_states.detach(), value_states.detach()
         keys, values = self.frozen
         return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prefix:
-    """Frozen keys and values of left-padded prefixes; mask_BP is 0 where there is padding.
+    """Frozen keys and values of the tokens before some rows, left-padded to one width P.
 
-    `layers` holds (keys, values) of shape [B, heads, P, head width] for each block; None for a
-    block that will be skipped (a placeholder keeps the cache's length right).
+    mask_BP is 0 where there is padding. states_KBhPd stacks the keys and the values of the blocks
+    from `first` on, alternating; the blocks before have none and must be skipped.
     """
 
     mask_BP: Tensor
-    layers: tuple[tuple[Tensor, Tensor] | None, ...]
+    states_KBhPd: Tensor
+    first: int = 0
+
+    @classmethod
+    def join(cls, rows: Sequence[Tensor], *, first: int = 0) -> Prefix:
+        """Pad the states of single rows, each [K, h, P_row, d], to one width."""
+        like = rows[0]
+        # At least one column, so that rows without any prefix need no special case anywhere.
+        width = max(1, *(row.shape[2] for row in rows))
+        states = like.new_zeros(like.shape[0], len(rows), like.shape[1], width, like.shape[3])
+        mask_BP = torch.zeros(len(rows), width, dtype=torch.long, device=like.device)
+        for b, row in enumerate(rows):
+            start = width - row.shape[2]
+            states[:, b, :, start:] = row
+            mask_BP[b, start:] = 1
+        return cls(mask_BP=mask_BP, states_KBhPd=states, first=first)
+
+    def rows(self, *, first: int = 0) -> list[Tensor]:
+        """The states of each row without padding, [K, h, P_row, d], of the blocks from `first`."""
+        lengths = self.mask_BP.sum(1).tolist()
+        width, skipped = self.mask_BP.shape[1], 2 * (first - self.first)
+        return [
+            self.states_KBhPd[skipped:, b, :, width - length :] for b, length in enumerate(lengths)
+        ]
 
     def cache(self) -> Cache:
         """A fresh cache object over the same frozen tensors."""
         batch, width = self.mask_BP.shape
-        known = [layer[0] for layer in self.layers if layer is not None]
-        like = known[0] if known else torch.zeros((), device=self.mask_BP.device)
-        empty = like.new_zeros(batch, 1, width, 1)
-        return Cache(layers=[FrozenLayer(*(layer or (empty, empty))) for layer in self.layers])
+        # A placeholder keeps the length right where a block is skipped.
+        empty = self.states_KBhPd.new_zeros(batch, 1, width, 1)
+        pairs = [(empty, empty)] * self.first
+        pairs += zip(self.states_KBhPd[::2], self.states_KBhPd[1::2], strict=True)
+        return Cache(layers=[FrozenLayer(keys, values) for keys, values in pairs])
 
 
 def run(model: PreTrainedModel, rows: Rows) -> Tensor:
@@ -268,40 +296,40 @@ def _run_stopped(model: PreTrainedModel, rows: Rows) -> None:
     raise RuntimeError("the forward pass ended without reaching the block it was to stop at")
 
 
+@torch.no_grad()
 def run_prefix(
     model: PreTrainedModel,
     arch: Architecture,
     ids: Sequence[Sequence[int]],
     *,
     device: torch.device,
+    before: Prefix | None = None,
 ) -> Prefix:
-    """Run left-padded prefixes once through all blocks and keep their keys and values."""
-    lengths = [len(row) for row in ids]
-    # At least one column, so that rows without any prefix need no special case anywhere.
-    width = max(1, *lengths)
-    padded = torch.zeros(len(ids), width, dtype=torch.long)
-    mask = torch.zeros(len(ids), width, dtype=torch.long)
-    for i, row in enumerate(ids):
-        if row:
-            padded[i, width - len(row) :] = torch.tensor(row)
-            mask[i, width - len(row) :] = 1
-    mask = mask.to(device)
-    # A row without any token to attend to would be NaN; its state is masked when it is read.
-    attended = mask.clone()
-    attended[:, -1] = 1
-    cache = DynamicCache()  # not DynamicCache(config), which truncates sliding layers
+    """Run tokens once through all blocks and keep their keys and values.
+
+    Args:
+        model: The model.
+        arch: Where it keeps things.
+        ids: The tokens of each row; a row may be empty.
+        device: Where the model takes its input.
+        before: What lies before each row already; it becomes part of the result.
+    """
+    rows = Rows.of(ids, device=device, prefix=before)
+    inputs = rows.inputs()
+    if before is None:
+        # Not DynamicCache(config), which truncates sliding layers.
+        inputs |= {"past_key_values": DynamicCache(), "use_cache": True}
 
     def stop(_module: nn.Module, _args: Any) -> None:
         raise _Stop
 
     head = arch.head(model)  # not needed: the pass ends when it is called
-    with torch.no_grad(), _handle(head.register_forward_pre_hook(stop)), suppress(_Stop):
-        model(
-            input_ids=padded.to(device),
-            attention_mask=attended,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-        )
-    layers: list[Any] = cache.layers
-    return Prefix(mask_BP=mask, layers=tuple((layer.keys, layer.values) for layer in layers))
+    with _handle(head.register_forward_pre_hook(stop)), suppress(_Stop):
+        model(**inputs)
+    layers: list[Any] = inputs["past_key_values"].layers
+    pairs = [(at.keys, at.values) if before is None else at.new for at in layers]
+    new_KBhTd = torch.stack([state for pair in pairs for state in pair])
+    found = [new_KBhTd[:, b, :, : len(row)] for b, row in enumerate(ids)]
+    if before is not None:
+        found = [torch.cat(both, dim=2) for both in zip(before.rows(), found, strict=True)]
+    return Prefix.join(found)

@@ -29,7 +29,7 @@ from memedit.targets import Target
 _TOKENS_PER_COUNT = 2048
 _COUNTS_PER_ROUND = 8
 """Convergence is looked at after this many batches, whoever counted them."""
-_BATCHES_PER_UNIT = 4
+_FACTS_PER_TARGET_UNIT = 64
 _FACTS_PER_KEY_UNIT = 512
 _FACTS_PER_SCORE_UNIT = 64
 
@@ -113,7 +113,7 @@ def find_targets(
         progress.advance("targets", len(found))
     # Facts of similar length share a unit, and so a batch.
     missing = sorted((r for r in requests if _id(r) not in found), key=lambda r: len(r.kl.ids))
-    size = settings.facts_per_batch * _BATCHES_PER_UNIT
+    size = _FACTS_PER_TARGET_UNIT
     units = [(missing[i : i + size], layer, settings) for i in range(0, len(missing), size)]
     for _, target in executor.map("targets", units):
         found[target.case_id] = target

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from memedit.architecture import Architecture
 from memedit.config import TargetSettings
 from memedit.errors import NumericalError
-from memedit.prompts import EncodedRequest
+from memedit.prompts import EncodedRequest, Located
 from memedit.segments import (
     Prefix,
     Rows,
@@ -35,6 +35,9 @@ from memedit.segments import (
     run_to_block,
     skipped_blocks,
 )
+
+_TOKENS_PER_BATCH = {"cpu": 384}
+"""Positions optimised at once where the settings leave it open; a GPU wants thousands."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,11 @@ class _Fact:
     converged: bool = False
     finished: bool = False
 
+    @property
+    def tokens(self) -> int:
+        """Positions in a batch."""
+        return sum(len(row.suffix_ids) for row in self.rows)
+
     def target(self) -> Target:
         return Target(
             case_id=self.case_id,
@@ -126,17 +134,22 @@ def optimise_targets(
     Raises:
         NumericalError: A loss is not finite.
     """
-    # Neighbours in length share a batch with little padding.
-    order = sorted(range(len(requests)), key=lambda i: _width(requests[i]), reverse=True)
-    waiting = deque(order)
+    budget = settings.tokens_per_batch or _TOKENS_PER_BATCH.get(model.device.type, 8192)
+    # Neighbours in length share a batch with little padding; the longest come first.
+    waiting = deque(sorted(requests, key=_width, reverse=True))
     active: list[_Fact] = []
     with _no_parameter_gradients(model):
+        shared = _SharedContexts(model, arch, requests)
         while waiting or active:
             # Refilling at half keeps a batch large without preparing facts one by one.
-            if waiting and len(active) <= settings.facts_per_batch // 2:
-                room = min(settings.facts_per_batch - len(active), len(waiting))
-                taken = [waiting.popleft() for _ in range(room)]
-                active += _prepare(model, arch, taken, requests, layer)
+            used = sum(fact.tokens for fact in active)
+            if waiting and used <= budget // 2:
+                taken = [waiting.popleft()]
+                used += _tokens(taken[0])
+                while waiting and used + _tokens(waiting[0]) <= budget:
+                    taken.append(waiting.popleft())
+                    used += _tokens(taken[-1])
+                active += _prepare(model, arch, taken, layer, shared)
             with skipped_blocks(model, arch, layer + 1) as entry:
                 batch = _Batch(model, arch, active, entry, layer)
                 while not any(fact.finished for fact in active):
@@ -149,6 +162,35 @@ def _width(request: EncodedRequest) -> int:
     """Positions from the subject's last token on, in the widest context."""
     longest = max(len(text.ids) - text.subject_last for text in request.contexts)
     return longest + len(request.target_ids) - 1
+
+
+def _tokens(request: EncodedRequest) -> int:
+    """Positions that a fact takes in a batch, one row a context."""
+    return len(request.contexts) * _width(request)
+
+
+class _SharedContexts:
+    """The states of what all facts begin with, context by context: it runs once for all of them.
+
+    `ids[j]` are the tokens that the j-th context of every fact begins with; the last entry is that
+    of the KL prompt.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, arch: Architecture, requests: Sequence[EncodedRequest]
+    ) -> None:
+        texts = [[*request.contexts, request.kl] for request in requests]
+        self.ids = [
+            _common([t.ids[: t.subject_last] for t in column])
+            for column in zip(*texts, strict=True)
+        ]
+        self.states = run_prefix(model, arch, self.ids, device=device_of(model)).rows()
+
+
+def _common(rows: Sequence[Sequence[int]]) -> list[int]:
+    """The longest beginning that all rows share."""
+    agreeing = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+    return [column[0] for column in agreeing]
 
 
 @contextmanager
@@ -167,58 +209,63 @@ def _no_parameter_gradients(model: PreTrainedModel) -> Iterator[None]:
 def _prepare(
     model: PreTrainedModel,
     arch: Architecture,
-    indices: Sequence[int],
     requests: Sequence[EncodedRequest],
     layer: int,
+    shared: _SharedContexts,
 ) -> list[_Fact]:
-    """Run once what δ cannot change: the prefixes through all blocks, the rest up to `layer`."""
-    device = device_of(model)
-    prefixes: list[tuple[int, ...]] = []
+    """Run once what δ cannot change: what is before the subject, and the rest up to `layer`."""
+    texts: list[Located] = []
+    shares: list[int] = []  # which of the shared beginnings
     suffixes: list[list[int]] = []
     reads: list[list[tuple[int, int, float]]] = []
     spans: list[tuple[int, int, int]] = []  # first row, end, row of the KL term
-    for index in indices:
-        request, first = requests[index], len(prefixes)
+    for request in requests:
+        first = len(texts)
         weight = 1 / (len(request.contexts) * len(request.target_ids))
-        for text in request.contexts:
-            at = text.subject_last
-            prefixes.append(text.ids[:at])
-            suffixes.append([*text.ids[at:], *request.target_ids[:-1]])
-            start = len(text.ids) - at - 1
+        for j, text in enumerate(request.contexts):
+            texts.append(text)
+            shares.append(j)
+            suffixes.append([*text.ids[text.subject_last :], *request.target_ids[:-1]])
+            start = len(text.ids) - text.subject_last - 1
             reads.append([(start + i, t, weight) for i, t in enumerate(request.target_ids)])
         bare, kl = request.contexts[0], request.kl
         kl_row = first
         # By causality only the tokens up to the subject matter to the KL term; a prompt that
         # begins like "{subject} is a" has computed it already.
         if kl.ids[: kl.subject_last + 1] != bare.ids[: bare.subject_last + 1]:
-            kl_row = len(prefixes)
-            prefixes.append(kl.ids[: kl.subject_last])
+            kl_row = len(texts)
+            texts.append(kl)
+            shares.append(-1)
             suffixes.append([kl.ids[kl.subject_last]])
             reads.append([])
-        spans.append((first, len(prefixes), kl_row))
+        spans.append((first, len(texts), kl_row))
 
-    prefix = run_prefix(model, arch, prefixes, device=device)
+    device = device_of(model)
+    prefix = run_prefix(
+        model,
+        arch,
+        [t.ids[len(shared.ids[j]) : t.subject_last] for t, j in zip(texts, shares, strict=True)],
+        device=device,
+        before=Prefix.join([shared.states[j] for j in shares]),
+    )
     hidden_BSO = run_to_block(
         model, arch, Rows.of(suffixes, device=device, prefix=prefix), last=layer
     )
-    tail = [state for pair in prefix.layers[layer + 1 :] if pair is not None for state in pair]
-    states_KBhPd = torch.stack(tail) if tail else hidden_BSO.new_zeros(0, len(prefixes), 1, 1, 1)
-    width = states_KBhPd.shape[3]
     rows = [
         _Row(
             suffix_ids=suffixes[b],
             reads=reads[b],
             hidden_SO=hidden_BSO[b, : len(suffixes[b])].clone(),
-            states_KhPd=states_KBhPd[:, b, :, width - len(prefixes[b]) :].clone(),
+            states_KhPd=states_KhPd.clone(),
         )
-        for b in range(len(prefixes))
+        for b, states_KhPd in enumerate(prefix.rows(first=layer + 1))
     ]
     facts = []
-    for index, (first, end, kl_row) in zip(indices, spans, strict=True):
+    for request, (first, end, kl_row) in zip(requests, spans, strict=True):
         h_O = rows[first].hidden_SO[0].float()
         facts.append(
             _Fact(
-                case_id=requests[index].request.case_id,
+                case_id=request.request.case_id,
                 rows=rows[first:end],
                 kl_row=kl_row - first,
                 h_O=h_O,
@@ -251,7 +298,7 @@ class _Batch:
         self.rows = Rows.of(
             [row.suffix_ids for row in rows],
             device=device,
-            prefix=_join_prefixes([row.states_KhPd for row in rows], skipped=layer + 1),
+            prefix=Prefix.join([row.states_KhPd for row in rows], first=layer + 1),
         )
         self.hidden_BSO = nn.utils.rnn.pad_sequence(
             [row.hidden_SO for row in rows], batch_first=True
@@ -315,16 +362,3 @@ def _adam(fact: _Fact, gradient_O: Tensor, settings: TargetSettings) -> None:
     limit = settings.clamp_norm_factor * fact.h_O.norm()
     norm = delta_O.norm()
     fact.delta_O = delta_O * (limit / norm) if norm > limit else delta_O
-
-
-def _join_prefixes(states: Sequence[Tensor], *, skipped: int) -> Prefix:
-    """Left-pad the rows' prefix states to one width; the skipped blocks have none."""
-    first, width = states[0], max(state.shape[2] for state in states)
-    joined = first.new_zeros(first.shape[0], len(states), first.shape[1], width, first.shape[3])
-    mask_BP = torch.zeros(len(states), width, dtype=torch.long, device=first.device)
-    for b, state in enumerate(states):
-        start = width - state.shape[2]
-        joined[:, b, :, start:] = state
-        mask_BP[b, start:] = 1
-    pairs = [(joined[i], joined[i + 1]) for i in range(0, len(joined), 2)]
-    return Prefix(mask_BP=mask_BP, layers=(*[None] * skipped, *pairs))

@@ -41,7 +41,7 @@ AT_LEAST: dict[str, float] = {
     "contexts.sampled_tokens": 1,
     "contexts.seed": 0,
     "targets.steps": 1,
-    "targets.facts_per_batch": 1,
+    "targets.tokens_per_batch": 1,
     "targets.v_weight_decay": 0,
     "targets.kl_factor": 0,
     "targets.loss_threshold": 0,

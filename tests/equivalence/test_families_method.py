@@ -64,7 +64,7 @@ def test_targets_equal_the_plain_ones(
 ) -> None:
     model, arch = family
     # Fewer facts a batch than facts, so that one is refilled.
-    settings = TargetSettings(steps=4, lr=0.2, facts_per_batch=2)
+    settings = TargetSettings(steps=4, lr=0.2, tokens_per_batch=60)
     targets = optimise_targets(model, arch, encoded, layer=LAST, settings=settings)
     found = {target.case_id: target for target in targets}
     tokenizer, names = tiny_tokenizer(bos=True), _names(arch)
