@@ -69,12 +69,13 @@ def _continue(
         min_new_tokens=tokens,
         pad_token_id=0,
         eos_token_id=None,
+        use_cache=True,
     )
     ids = torch.tensor(prompts, device=device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
         out = model.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), generation_config=config, use_cache=True
+            ids, attention_mask=torch.ones_like(ids), generation_config=config
         )
     return [list(map(int, row)) for row in out]

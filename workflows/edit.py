@@ -120,7 +120,7 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
                 lam=_lam(settings),
                 ridge=settings.solve.ridge,
                 residual_scale=base.arch.residual_scale,
-                device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+                device=torch.device(base.device if torch.cuda.is_available() else "cpu"),
                 progress=timed,
             )
 

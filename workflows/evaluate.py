@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from memedit.checkpoint import Checkpoint
+from memedit.errors import InputError
 from memedit.executor import InlineExecutor
 from memedit.model import ModelSpec, load_tokenizer
 from memedit.progress import Progress
@@ -29,11 +30,18 @@ def run_evaluate(job: EvaluateJob, progress: Progress) -> Mapping[str, Any]:
     requests = table.batch.requests
     settings = job.evaluation_settings
     reference = None
-    if job.base is not None:
-        only_drift = replace(settings, fluency_facts=0)
-        with InlineExecutor(spec_of(job, job.base, timed)) as executor:
-            _, reference = once(executor, "damage", requests, (), None, only_drift)
     spec = spec_of(job, job.model, timed)
+    if job.base is not None:
+        base_spec = spec_of(job, job.base, timed)
+        if _vocabulary(base_spec) != _vocabulary(spec):
+            raise InputError(
+                f"its tokenizer is not that of {job.model}, so its predictions cannot be compared",
+                source=job.base,
+                field="base",
+            )
+        only_drift = replace(settings, fluency_facts=0)
+        with InlineExecutor(base_spec) as executor:
+            _, reference = once(executor, "damage", requests, (), None, only_drift)
     with InlineExecutor(spec) as executor:
         timed.finish("load")
         evaluation, _ = judge(
@@ -54,6 +62,11 @@ def run_evaluate(job: EvaluateJob, progress: Progress) -> Mapping[str, Any]:
         "per_fact": [fact.to_dict() for fact in evaluation.facts],
         "timings_s": timed.timings_s,
     }
+
+
+def _vocabulary(spec: ModelSpec) -> Mapping[str, int]:
+    vocabulary: Mapping[str, int] = load_tokenizer(spec.folder).get_vocab()
+    return vocabulary
 
 
 def _heldout(job: EvaluateJob, folder: Path) -> list[list[int]]:

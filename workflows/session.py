@@ -9,15 +9,16 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import torch
-from cluster.executors import open_executor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from cluster.artifacts import Artifacts, moment_digest
+from cluster.executors import open_executor
 from memedit.architecture import Architecture, architecture_of
 from memedit.checkpoint import Checkpoint
 from memedit.config import EditSettings, MomentSettings, digest_of
@@ -71,10 +72,23 @@ class Base:
 
 
 def device_of_job(job: ModelJob) -> str:
-    """`auto` is a GPU where there is one."""
-    if job.device != "auto":
-        return job.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """`auto` is a GPU where there is one.
+
+    Raises:
+        InputError: There is no such device.
+    """
+    if job.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(job.device).type
+    except RuntimeError as error:
+        wanted = "write cpu, cuda, cuda:1 or auto"
+        raise InputError(f"no device {job.device!r}; {wanted}", field="device") from error
+    # On Ray the GPU is where the workers are.
+    inline = not isinstance(job, WorkJob) or job.executor == "inline"
+    if kind == "cuda" and inline and not torch.cuda.is_available():
+        raise InputError("torch finds no GPU here; write cpu or auto", field="device")
+    return job.device
 
 
 def open_base(job: ModelJob, progress: Progress) -> Base:
@@ -190,10 +204,10 @@ class TokenSource:
         if self.corpus.kind == "self":
             rows = math.ceil(self.settings.tokens / self.settings.window)
             progress.message(f"Sampling {self.settings.tokens} tokens from the model (corpus self)")
-            windows = self._sample(executor, rows, first_seed=1)
+            windows = self._sample(executor, rows, heldout=False)
         else:
             kept_out = self._heldout_texts()
-            texts = [text for i, text in enumerate(self._texts()) if i not in kept_out]
+            texts = [text for i, text in enumerate(self._texts) if i not in kept_out]
             windows = self._cut(texts, self.settings.tokens)
         needed = MIN_TOKENS_PER_WIDTH * self.base.arch.input_width(self.base.config)
         found = sum(map(len, windows))
@@ -212,36 +226,41 @@ class TokenSource:
             return []
         if self.corpus.kind != "self":
             kept_out = self._heldout_texts()
-            texts = [text for i, text in enumerate(self._texts()) if i in kept_out]
+            texts = [text for i, text in enumerate(self._texts) if i in kept_out]
             return self._cut(texts, self.heldout_tokens)
         digest = digest_of("heldout", self.digest, self.settings.window, self.heldout_tokens)
         known = self.artifacts.windows(digest)
         if known is not None:
             return known
         rows = math.ceil(self.heldout_tokens / self.settings.window)
-        windows = self._sample(executor, rows, first_seed=0)
+        windows = self._sample(executor, rows, heldout=True)
         self.artifacts.keep_windows(digest, windows)
         return windows
 
-    def _sample(self, executor: Executor, rows: int, first_seed: int) -> list[list[int]]:
-        # Held-out text takes one seed and counted text the others: they never meet.
+    def _sample(self, executor: Executor, rows: int, *, heldout: bool) -> list[list[int]]:
+        # Held-out text takes the even seeds and counted text the odd ones: they never meet.
         units = []
         for i, start in enumerate(range(0, rows, _SAMPLED_ROWS)):
             size = min(_SAMPLED_ROWS, rows - start)
-            seed = (self.settings.seed << 20) + first_seed + i
+            seed = (self.settings.seed << 20) + 2 * i + (not heldout)
             units.append((size, self.settings.window, seed))
         parts = dict(executor.map("sample", units))
         return [window for i in range(len(units)) for window in parts[i]]
 
+    @cached_property
     def _texts(self) -> list[str]:
-        """The documents worth reading: not more than a few windows of each are ever used."""
-        wanted = math.ceil((self.settings.tokens + self.heldout_tokens) / self.settings.window)
+        """The documents worth reading: not more than a few windows of each are ever used.
+
+        Which ones may depend on nothing but the settings of the moments, whose digest stands for
+        the windows that were counted.
+        """
+        wanted = math.ceil(self.settings.tokens / self.settings.window)
         texts = list(islice(self.corpus.documents(), 4 * wanted))
         each = math.ceil(2 * wanted / len(texts)) + 1
         return [text[: each * self.settings.window * CHARACTERS_PER_TOKEN] for text in texts]
 
     def _heldout_texts(self) -> set[int]:
-        count = len(self._texts())
+        count = len(self._texts)
         return set(range(_HELDOUT_EVERY - 1, count, _HELDOUT_EVERY)) if count > 1 else set()
 
     def _cut(self, texts: Sequence[str], tokens: int) -> list[list[int]]:
@@ -270,6 +289,7 @@ def moments_for(
             corpus=source.digest,
             settings=settings.moments,
             layer=layer,
+            weight_name=base.arch.weight_name(layer),
             layers=settings.layers,
             dtype=base.job.dtype,
         )
@@ -308,7 +328,7 @@ def load_stats(
     """The second moments that `memedit stats` wrote, with their digests.
 
     Raises:
-        InputError: They belong to another model, or lack a layer.
+        InputError: They belong to another model, lack a layer, or are damaged.
     """
     path = folder / STATS_NAME
     try:
@@ -330,7 +350,12 @@ def load_stats(
         raise InputError(
             f"no statistics of layers {', '.join(map(str, missing))}", source=path, field="layers"
         )
-    moments = {layer: load_moment(moments_path(folder, layer))[0] for layer in settings.layers}
+    moments: dict[int, SecondMoment] = {}
+    for layer in settings.layers:
+        file = moments_path(folder, layer)
+        moments[layer], metadata = load_moment(file)
+        if metadata.get("digest") != digests[str(layer)]:
+            raise InputError(f"not the file that {STATS_NAME} lists", source=file)
     return moments, {layer: digests[str(layer)] for layer in settings.layers}
 
 

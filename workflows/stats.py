@@ -6,6 +6,7 @@ Loads the blocks up to the last edited layer and no more.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -62,7 +63,7 @@ def run_stats(job: StatsJob, progress: Progress) -> Mapping[str, Any]:
         layers = {
             str(layer): {
                 "tokens": moment.tokens,
-                "error": moment.spread.error,
+                "error": error if math.isfinite(error := moment.spread.error) else None,
                 "trace": moment.trace,
                 "trace_without_position_0": moment.trace_without_position_0,
             }

@@ -1,0 +1,93 @@
+"""`memedit evaluate` on a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from memedit.outcome import METRIC_KEYS
+from tests.tiny import save_tiny
+from tests.workflows.runs import FACTS, contents, memedit, write_rows
+
+FLAGS = ("--json", "--set", "evaluation.fluency_tokens=4")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return save_tiny(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture
+def facts(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "facts.jsonl")
+
+
+def test_what_it_prints(base: Path, facts: Path, tmp_path: Path) -> None:
+    before = contents(tmp_path) | contents(base)
+    result = memedit("evaluate", "--model", base, "--facts", facts, *FLAGS).result
+    assert list(result) == ["model", "facts", "metrics", "per_fact", "timings_s"]
+    assert result["facts"] == {"read": 3, "accepted": 3, "rejected": 0}
+    metrics = result["metrics"]
+    assert tuple(metrics) == METRIC_KEYS
+    # Nothing to compare with, and no text.
+    assert {k for k, v in metrics.items() if v is None} == {"perplexity", "drift_kl", "drift_top1"}
+    assert len(result["per_fact"]) == 3
+    toyota = next(f for f in result["per_fact"] if "Toyota" in f["prompt"])
+    assert toyota["efficacy"] is None and toyota["logprob_new"] < 0
+    assert contents(tmp_path) | contents(base) == before
+
+
+def test_against_itself_nothing_drifts(base: Path, facts: Path) -> None:
+    ran = memedit("evaluate", "--model", base, "--base", base, "--facts", facts, *FLAGS)
+    assert ran.result["metrics"]["drift_kl"] == pytest.approx(0, abs=1e-6)
+    assert ran.result["metrics"]["drift_top1"] == 100
+
+
+def test_against_another_model_it_drifts(base: Path, facts: Path, tmp_path: Path) -> None:
+    other = save_tiny(tmp_path / "other", seed=1)
+    ran = memedit("evaluate", "--model", other, "--base", base, "--facts", facts, *FLAGS)
+    assert ran.result["metrics"]["drift_kl"] > 0.1
+
+
+def test_text_gives_the_perplexity(base: Path, facts: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The capital of France is Paris. The capital of Italy is Rome. " * 20)
+    found = memedit("evaluate", "--model", base, "--facts", facts, "--text", text, *FLAGS)
+    # A random model is about as unsure as its vocabulary is large.
+    assert 50 < found.result["metrics"]["perplexity"] < 5000
+
+
+def test_bad_rows_can_be_left_out(base: Path, tmp_path: Path) -> None:
+    facts = write_rows(tmp_path / "facts.jsonl", [*FACTS, "no json"])
+    arguments = ("evaluate", "--model", base, "--facts", facts, *FLAGS)
+    ran = memedit(*arguments)
+    assert (ran.code, ran.error["row"]) == (2, 4)
+    counts = memedit(*arguments, "--on-bad-row", "skip").result["facts"]
+    assert counts == {"read": 4, "accepted": 3, "rejected": 1}
+
+
+def test_a_family_that_cannot_be_edited_can_be_evaluated(facts: Path, tmp_path: Path) -> None:
+    mixture = save_tiny(tmp_path / "mixtral", "mixtral")
+    result = memedit("evaluate", "--model", mixture, "--facts", facts, *FLAGS).result
+    assert result["metrics"]["efficacy"] is not None
+
+
+@pytest.mark.parametrize("flag", ["--model", "--base"])
+def test_no_such_model(base: Path, facts: Path, tmp_path: Path, flag: str) -> None:
+    ran = memedit(
+        *("evaluate", "--model", base, "--facts", facts, *FLAGS),
+        *(flag, tmp_path / "nowhere"),
+    )
+    assert ran.code == 2
+    assert "nowhere" in ran.stderr
+
+
+def test_a_base_with_another_vocabulary_is_refused(base: Path, facts: Path, tmp_path: Path) -> None:
+    other = save_tiny(tmp_path / "other", tokenizer="sentencepiece")
+    ran = memedit("evaluate", "--model", base, "--base", other, "--facts", facts, *FLAGS)
+    assert ran.code == 2
+    assert ran.error["field"] == "base"
+    assert "tokenizer" in ran.error["message"]
