@@ -115,8 +115,10 @@ def _command(name: str, action: Action) -> click.Command:
     def callback(config: Path | None, assignments: tuple[str, ...], **flags: Any) -> None:
         context = click.get_current_context()
         job = load_job(action.job, config=config, flags=flags, assignments=assignments)
+        if isinstance(job, settings.ModelJob) and job.run_id is None:
+            job = replace(job, run_id=settings.new_run_id())
         context.obj.take(job)
-        result = _perform(action, job)
+        result = _perform(action, job, context.obj.run_id)
         summary = _plain(result if isinstance(result, Mapping) else result.summary())
         if job.json:
             click.echo(json.dumps(summary, ensure_ascii=False, allow_nan=False))
@@ -143,10 +145,12 @@ class _Reporting:
     json: bool
     json_log: bool
     debug: bool
+    run_id: str = ""
 
     def take(self, job: settings.Job) -> None:
         self.json, self.debug = job.json, job.debug
         self.json_log = job.log_format == "json"
+        self.run_id = getattr(job, "run_id", "")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -215,6 +219,7 @@ def _fail(
     if reporting.json_log:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = {"time": now, "level": "error", "event": "failed", "message": message}
+        line["run_id"] = reporting.run_id
         click.echo(json.dumps(line, ensure_ascii=False), err=True)
     else:
         click.echo(f"memedit: {message}", err=True)
@@ -226,15 +231,12 @@ def _trace(reporting: _Reporting) -> None:
         traceback.print_exc()
 
 
-def _perform(action: Action, job: settings.Job) -> Any:
+def _perform(action: Action, job: settings.Job, run_id: str) -> Any:
     """Call the function behind a command, with progress on stderr and nothing else on stdout."""
     _quieten()
     function = _function(action.run)
     from workflows.progress import progress_for
 
-    if isinstance(job, settings.ModelJob) and job.run_id is None:
-        job = replace(job, run_id=settings.new_run_id())
-    run_id = getattr(job, "run_id", "")
     with (
         contextlib.redirect_stdout(sys.stderr),
         progress_for(job.log_format, sys.stderr, run_id) as progress,

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from memedit.errors import GateError, InputError
+from memedit.errors import InputError
 from memedit.outcome import METRIC_KEYS
 from workflows.wording import did_you_mean
 
@@ -64,10 +64,3 @@ def parse_gate(text: str) -> Gate:
     if not math.isfinite(value):
         raise InputError(f"not a number in the gate {text!r}: {number}")
     return Gate(metric=metric, op=op, value=value)
-
-
-def enforce(gates: Iterable[Gate], metrics: Mapping[str, float | None]) -> None:
-    """Raise `GateError` with every gate that is not met."""
-    failed = [reason for gate in gates if (reason := gate.check(metrics)) is not None]
-    if failed:
-        raise GateError("; ".join(failed))

@@ -172,9 +172,10 @@ def test_a_json_log_stays_json(
         raise NumericalError("NaN in layer 5")
 
     behind("edit", warns)
-    assert run([*EDIT, "--log-format", "json"]) == 1
+    assert run([*EDIT, "--log-format", "json", "--run-id", "night-1"]) == 1
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert any("careful" in line.get("message", "") for line in lines)
+    assert {line["run_id"] for line in lines} == {"night-1"}
     assert lines[-1]["level"] == "error"
     assert lines[-1]["message"] == "NaN in layer 5"
 
