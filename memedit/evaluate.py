@@ -1,0 +1,286 @@
+"""How well the facts went in, and what else moved.
+
+Two halves. `score_facts` judges each fact by itself and can therefore be spread over workers;
+`summarise` turns the judgements into the paper's numbers. `measure_side_effects` measures the model
+as a whole: fluency, perplexity on held-out text, and the drift of the next-token distribution on
+prompts of facts that were not edited. `evaluate` does both.
+
+Knows facts and metrics. Does not know how forward passes are batched (`memedit.scoring`,
+`memedit.generate`), how drift is measured (`memedit.side_effects`) or how results are shown.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean, harmonic_mean
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from memedit.architecture import Architecture
+from memedit.generate import greedy_continuations
+from memedit.outcome import METRIC_KEYS, Evaluation, FactResult
+from memedit.progress import Progress, Silent
+from memedit.prompts import encode_completion
+from memedit.requests import EditRequest
+from memedit.scoring import Completion, CompletionScore, perplexity, score_completions
+from memedit.side_effects import (
+    DriftReference,
+    drift_contexts,
+    drift_reference,
+    fluency,
+    measure_drift,
+)
+
+GENERATION_EXTRA_TOKENS = 5
+"""How many tokens beyond the length of the new object a continuation may take to say it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """How much is measured beside the facts, and in what portions."""
+
+    drift_prompts: int = 200
+    """At most this many prompts of facts that were not edited; 0 leaves drift out."""
+    fluency_facts: int = 20
+    """Continuations for the n-gram entropy; 0 leaves fluency out."""
+    fluency_tokens: int = 50
+    heldout_tokens: int = 2048
+    """Held-out text is the same before and after, so a small sample shows a small difference."""
+    heldout_window: int = 256
+    facts_per_portion: int = 64
+    """Facts scored together, so that memory does not grow with the batch and progress shows."""
+    tokens_per_batch: int | None = None
+    """Rows times columns of one forward pass; None for what suits the device."""
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arch: Architecture | None,
+    requests: Sequence[EditRequest],
+    *,
+    heldout: Sequence[Sequence[int]] | None = None,
+    reference: DriftReference | None = None,
+    settings: EvaluationSettings | None = None,
+    progress: Progress | None = None,
+    stage: str = "evaluate",
+) -> tuple[Evaluation, DriftReference]:
+    """All metrics of a model on a batch of facts.
+
+    Args:
+        model: In eval mode; not changed.
+        tokenizer: The model's.
+        arch: The model's architecture; None for a family that cannot be edited.
+        requests: The facts.
+        heldout: Token ids of documents for the perplexity; None leaves it out.
+        reference: The base's distributions, from the evaluation of the unedited model; None makes
+            this model the base.
+        settings: How much is measured.
+        progress: Told of each portion of facts.
+        stage: The name under which `progress` is told.
+
+    Returns:
+        The evaluation, and the reference to pass to the evaluation of the edited model.
+
+    Raises:
+        NumericalError: The model gives NaN or an infinity.
+    """
+    settings, progress = settings or EvaluationSettings(), progress or Silent()
+    progress.start(stage, total=len(requests), unit="facts")
+    facts = score_facts(
+        model, tokenizer, arch, requests, settings=settings, progress=progress, stage=stage
+    )
+    measures, reference = measure_side_effects(
+        model, tokenizer, arch, requests, heldout=heldout, reference=reference, settings=settings
+    )
+    progress.finish(stage)
+    metrics = summarise(facts) | measures
+    ordered = {key: metrics.get(key) for key in METRIC_KEYS}
+    return Evaluation(metrics=ordered, facts=facts), reference
+
+
+# ------------------------------------------------------------------------------------- the facts
+
+
+def score_facts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arch: Architecture | None,
+    requests: Sequence[EditRequest],
+    *,
+    settings: EvaluationSettings | None = None,
+    progress: Progress | None = None,
+    stage: str = "evaluate",
+) -> tuple[FactResult, ...]:
+    """Judge each fact, in the order given; a result depends on its own fact only.
+
+    Arguments and errors are those of `evaluate`; `progress` is advanced, not started.
+    """
+    settings, progress = settings or EvaluationSettings(), progress or Silent()
+    results: list[FactResult] = []
+    for first in range(0, len(requests), settings.facts_per_portion):
+        portion = requests[first : first + settings.facts_per_portion]
+        results += _score_portion(model, tokenizer, arch, portion, settings.tokens_per_batch)
+        said = 100 * fmean(result.efficacy_exact for result in results)
+        progress.advance(stage, len(portion), efficacy_exact=said)
+    return tuple(results)
+
+
+def _score_portion(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arch: Architecture | None,
+    requests: Sequence[EditRequest],
+    tokens_per_batch: int | None,
+) -> list[FactResult]:
+    completions: dict[tuple[str, str], Completion] = {}
+    for prompt, target in (pair for request in requests for pair in _questions(request)):
+        if (prompt, target) not in completions:
+            prompt_ids, target_ids = encode_completion(tokenizer, prompt, target)
+            completions[prompt, target] = Completion(
+                prompt_ids=tuple(prompt_ids), target_ids=tuple(target_ids)
+            )
+    values = score_completions(
+        model, arch, list(completions.values()), tokens_per_batch=tokens_per_batch
+    )
+    scores = dict(zip(completions, values, strict=True))
+    continuations = greedy_continuations(
+        model,
+        tokenizer,
+        [request.text for request in requests],
+        [
+            len(completions[request.text, request.target_new].target_ids) + GENERATION_EXTRA_TOKENS
+            for request in requests
+        ],
+    )
+    return [
+        _judge(request, scores, continuation)
+        for request, continuation in zip(requests, continuations, strict=True)
+    ]
+
+
+def _questions(request: EditRequest) -> Iterator[tuple[str, str]]:
+    """Every (prompt, target) whose probability the metrics of a fact need."""
+    for prompt in (request.text, *request.paraphrases):
+        yield prompt, request.target_new
+        if request.target_true is not None:
+            yield prompt, request.target_true
+    for neighbour in request.neighbourhood:
+        yield neighbour.prompt, neighbour.target
+        yield neighbour.prompt, request.target_new
+
+
+def _judge(
+    request: EditRequest, scores: dict[tuple[str, str], CompletionScore], continuation: str
+) -> FactResult:
+    new, true = request.target_new, request.target_true
+
+    def rewritten(prompt: str) -> bool:
+        assert true is not None
+        return scores[prompt, new].logprob > scores[prompt, true].logprob
+
+    def kept(prompt: str, target: str) -> bool:
+        if target == new:  # nothing to compare: the neighbour's answer is the new object
+            return scores[prompt, target].exact
+        return scores[prompt, target].logprob > scores[prompt, new].logprob
+
+    paraphrases, neighbours = request.paraphrases, request.neighbourhood
+    return FactResult(
+        case_id=request.case_id,
+        prompt=request.text,
+        target_new=new,
+        target_true=true,
+        efficacy=None if true is None else rewritten(request.text),
+        efficacy_exact=scores[request.text, new].exact,
+        paraphrase=() if true is None else tuple(rewritten(p) for p in paraphrases),
+        paraphrase_exact=tuple(scores[p, new].exact for p in paraphrases),
+        neighbourhood=tuple(kept(n.prompt, n.target) for n in neighbours),
+        neighbourhood_exact=tuple(scores[n.prompt, n.target].exact for n in neighbours),
+        generation=says(continuation, new),
+        continuation=continuation,
+        logprob_new=scores[request.text, new].logprob,
+        logprob_true=None if true is None else scores[request.text, true].logprob,
+    )
+
+
+def says(continuation: str, target: str) -> bool:
+    """Whether a continuation contains a target; case, white space and Unicode form do not count."""
+
+    def plain(text: str) -> str:
+        return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+    return plain(target) in plain(continuation)
+
+
+def summarise(facts: Sequence[FactResult]) -> dict[str, float | None]:
+    """The metrics of a batch of facts, in percent; None where no fact has anything to measure.
+
+    As in the reference (`experiments/summarize.py`), the prompts of a fact are averaged first, then
+    the facts, so a fact with many paraphrases does not count more than one with a single one. Facts
+    without such a prompt, or without a `target_true` to compare with, are left out of that mean.
+    `score` is the harmonic mean of efficacy, paraphrase and neighbourhood: 0 if one of them is 0,
+    None if one is missing.
+    """
+    metrics: dict[str, float | None] = {
+        "efficacy": _percent([[f.efficacy] for f in facts if f.efficacy is not None]),
+        "paraphrase": _percent([f.paraphrase for f in facts]),
+        "neighbourhood": _percent([f.neighbourhood for f in facts]),
+        "efficacy_exact": _percent([[f.efficacy_exact] for f in facts]),
+        "paraphrase_exact": _percent([f.paraphrase_exact for f in facts]),
+        "neighbourhood_exact": _percent([f.neighbourhood_exact for f in facts]),
+        "generation": _percent([[f.generation] for f in facts]),
+    }
+    parts = [metrics[key] for key in ("efficacy", "paraphrase", "neighbourhood")]
+    known = [part for part in parts if part is not None]
+    metrics["score"] = harmonic_mean(known) if len(known) == len(parts) else None
+    return metrics
+
+
+def _percent(groups: Sequence[Sequence[bool]]) -> float | None:
+    means = [fmean(group) for group in groups if group]
+    return 100 * fmean(means) if means else None
+
+
+# ---------------------------------------------------------------------------------- side effects
+
+
+def measure_side_effects(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arch: Architecture | None,
+    requests: Sequence[EditRequest],
+    *,
+    heldout: Sequence[Sequence[int]] | None = None,
+    reference: DriftReference | None = None,
+    settings: EvaluationSettings | None = None,
+) -> tuple[dict[str, float | None], DriftReference]:
+    """`fluency`, `perplexity`, `drift_kl` and `drift_top1`; None where there is nothing to measure.
+
+    Without a `reference` this model becomes the base, whose drift is 0 by definition. Arguments and
+    errors are those of `evaluate`.
+    """
+    settings = settings or EvaluationSettings()
+    batch = settings.tokens_per_batch
+    if reference is None:
+        contexts = drift_contexts(tokenizer, requests, settings.drift_prompts)
+        reference = drift_reference(model, arch, contexts, tokens_per_batch=batch)
+        drift: tuple[float, float] | None = (0.0, 100.0) if contexts else None
+    else:
+        drift = measure_drift(model, arch, reference, tokens_per_batch=batch)
+    told = [request.text for request in requests[: settings.fluency_facts]]
+    metrics: dict[str, float | None] = {
+        "fluency": fluency(model, tokenizer, told, max_new_tokens=settings.fluency_tokens),
+        "perplexity": perplexity(
+            model,
+            arch,
+            heldout or (),
+            window=settings.heldout_window,
+            max_tokens=settings.heldout_tokens,
+            tokens_per_batch=batch,
+        ),
+        "drift_kl": drift[0] if drift else None,
+        "drift_top1": drift[1] if drift else None,
+    }
+    return metrics, reference
