@@ -24,12 +24,12 @@ from memedit.prompts import EncodedRequest
 from memedit.requests import EditRequest
 from memedit.side_effects import DriftReference
 from memedit.solve import LayerProblem, MomentFactor, Update
-from memedit.targets import Target
+from memedit.targets import Target, width
 
 _TOKENS_PER_COUNT = 2048
 _COUNTS_PER_ROUND = 8
 """Convergence is looked at after this many batches, whoever counted them."""
-_FACTS_PER_TARGET_UNIT = 64
+_FACTS_PER_TARGET_UNIT = 32
 _FACTS_PER_KEY_UNIT = 512
 _FACTS_PER_SCORE_UNIT = 64
 
@@ -112,7 +112,7 @@ def find_targets(
     if found:
         progress.advance("targets", len(found))
     # Facts of similar length share a unit, and so a batch.
-    missing = sorted((r for r in requests if _id(r) not in found), key=lambda r: len(r.kl.ids))
+    missing = sorted((r for r in requests if _id(r) not in found), key=width, reverse=True)
     size = _FACTS_PER_TARGET_UNIT
     units = [(missing[i : i + size], layer, settings) for i in range(0, len(missing), size)]
     for _, target in executor.map("targets", units):

@@ -136,7 +136,7 @@ def optimise_targets(
     """
     budget = settings.tokens_per_batch or _TOKENS_PER_BATCH.get(model.device.type, 8192)
     # Neighbours in length share a batch with little padding; the longest come first.
-    waiting = deque(sorted(requests, key=_width, reverse=True))
+    waiting = deque(sorted(requests, key=width, reverse=True))
     active: list[_Fact] = []
     with _no_parameter_gradients(model):
         shared = _SharedContexts(model, arch, requests)
@@ -158,7 +158,7 @@ def optimise_targets(
             active = [fact for fact in active if not fact.finished]
 
 
-def _width(request: EncodedRequest) -> int:
+def width(request: EncodedRequest) -> int:
     """Positions from the subject's last token on, in the widest context."""
     longest = max(len(text.ids) - text.subject_last for text in request.contexts)
     return longest + len(request.target_ids) - 1
@@ -166,7 +166,7 @@ def _width(request: EncodedRequest) -> int:
 
 def _tokens(request: EncodedRequest) -> int:
     """Positions that a fact takes in a batch, one row a context."""
-    return len(request.contexts) * _width(request)
+    return len(request.contexts) * width(request)
 
 
 class _SharedContexts:
