@@ -1,0 +1,74 @@
+"""The whole job as a user runs it: `memedit edit` in a process of its own, timed and weighed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobResult:
+    """What `edit --json` printed, the wall time, and the peak resident memory of the process."""
+
+    report: dict[str, Any]
+    wall_s: float
+    peak_bytes: int
+
+
+def run_edit(
+    *, model: str, facts: Path, corpus: Path, out: Path, cold: bool = True, more: Sequence[str] = ()
+) -> JobResult:
+    """Run the command line's main job.
+
+    With `cold`, statistics and z vectors are cached in a fresh folder, so nothing is reused; the
+    model is the one that the usual cache has.
+
+    Raises:
+        subprocess.CalledProcessError: The job failed; its messages went to stderr.
+    """
+    from workflows.models import resolve_model
+
+    folder = resolve_model(model).folder
+    words = [sys.executable, "-m", "workflows.cli", "edit", "--model", str(folder)]
+    words += ["--facts", str(facts), "--corpus", str(corpus), "--out", str(out), "--json"]
+    with tempfile.TemporaryDirectory() as cache:
+        words += ["--cache", cache] if cold else []
+        words += more
+        started = time.perf_counter()
+        with tempfile.TemporaryFile("w+") as printed:
+            process = subprocess.Popen(words, stdout=printed, cwd=ROOT)
+            # wait4 gives the usage of this one process; getrusage(RUSAGE_CHILDREN) mixes all.
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            wall_s = time.perf_counter() - started
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, words)
+            printed.seek(0)
+            report = json.load(printed)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux
+    return JobResult(report=report, wall_s=wall_s, peak_bytes=usage.ru_maxrss * unit)
+
+
+def checkpoint_bytes_float32(folder: Path) -> int:
+    """Size of a checkpoint's parameters if all were float32, from the safetensors headers."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                count = 1
+                for side in file.get_slice(name).get_shape():
+                    count *= side
+                total += 4 * count
+    return total
