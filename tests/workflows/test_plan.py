@@ -1,0 +1,295 @@
+"""The plan against what a run really writes, on folders without weights, and on bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from memedit.architecture import architecture_of
+from memedit.checkpoint import Checkpoint, write_patched
+from memedit.cost import shape_of
+from memedit.errors import InputError
+from memedit.progress import Silent
+from memedit.shards import read_header
+from tests.tiny import HIDDEN, INNER, save_tiny, tiny_config, tiny_tokenizer
+from workflows.cli import run
+from workflows.outline import index_without_weights, outline
+from workflows.plan import run_plan
+from workflows.rate import measured_rate
+from workflows.results import show_plan
+from workflows.settings import PlanJob
+
+RATE = 1e11
+FACTS: list[dict[str, Any]] = [
+    {
+        "id": "a",
+        "subject": "Eiffel Tower",
+        "prompt": "The {} is located in the city of",
+        "target_new": "Rome",
+        "target_true": "Paris",
+        "paraphrases": ["Where is the Eiffel Tower? In"],
+        "neighbourhood": [{"prompt": "Big Ben is located in the city of", "target": "London"}],
+    },
+    {"subject": "Steve Jobs", "prompt": "I think that {} founded", "target_new": "Microsoft"},
+]
+# GPT-NeoX 20B: its published sizes.
+NEOX: dict[str, Any] = {
+    "hidden_size": 6144,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 44,
+    "num_attention_heads": 64,
+    "vocab_size": 50432,
+    "max_position_embeddings": 2048,
+    "dtype": "float16",
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_tiny(tmp_path / "model")
+
+
+@pytest.fixture
+def facts(tmp_path: Path) -> Path:
+    return write(tmp_path / "facts.jsonl", *FACTS)
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def plan(model: Path, facts: Path, **fields: Any) -> Any:
+    cache = facts.parent / "cache"
+    job = PlanJob(model=str(model), facts=facts, cache=cache, device="cpu", **fields)
+    return run_plan(job, Silent(), matrix_rate=RATE)
+
+
+@pytest.mark.parametrize("layers", [(1,), (0, 1, 2)])
+def test_the_bytes_are_those_that_a_run_writes(
+    model: Path, facts: Path, layers: tuple[int, ...], tmp_path: Path
+) -> None:
+    told = plan(model, facts, layers=layers)
+    base = Checkpoint.open(model)
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    written = write_patched(base, staging, {n: lambda w: w + 1 for n in told["weights"]["names"]})
+    assert tuple(told["shards"]["rewritten"]) == written.rewritten
+    assert told["shards"]["of"] == len(base.shards) > len(written.rewritten)
+
+    def tensor_bytes(name: str) -> int:
+        return sum(info.size_bytes for info in read_header(staging / name).values())
+
+    rewritten = sum(map(tensor_bytes, written.rewritten))
+    assert told["shards"]["bytes_rewritten"] == rewritten
+    assert told["shards"]["bytes_linked"] == sum(map(tensor_bytes, base.shards)) - rewritten
+    for name in base.shards:
+        linked = (staging / name).stat().st_ino == (model / name).stat().st_ino
+        assert linked == (name not in told["shards"]["rewritten"])
+    assert told["weights"]["bytes"] == len(layers) * HIDDEN * INNER * 4
+
+
+def test_it_says_what_edit_would_do(model: Path, facts: Path) -> None:
+    told = plan(model, facts, layers=(1, 2), targets={"steps": 7}, solve={"lam": 30.0})
+    assert told["facts"]["read"] == told["facts"]["accepted"] == 2
+    assert told["method"]["layers"] == [1, 2]
+    assert (told["method"]["steps"], told["method"]["lam"]) == (7, 30.0)
+    assert told["method"]["contexts"] == 6
+    stages = told["stages"]
+    assert list(stages) == [
+        *("sampling", "statistics", "evaluation", "targets", "keys", "solve", "files")
+    ]
+    assert stages["targets"]["arithmetic"].startswith("6 steps × (4 × 1 blocks above × ")
+    assert told["time"]["seconds"] == pytest.approx(
+        sum(stage["seconds"] for stage in stages.values()), rel=0.01
+    )
+    json.dumps(told, allow_nan=False)
+
+
+def test_what_is_there_already_costs_nothing(model: Path, facts: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    # The second document cannot be read, and need not be.
+    corpus.write_text('{"text": "The tower stands in Germany."}\nnot JSON\n')
+    told = plan(model, facts, corpus=str(corpus))
+    assert "sampling" not in told["stages"]
+    assert told["statistics"]["bytes"] == corpus.stat().st_size
+    told = plan(model, facts, stats=tmp_path / "stats")
+    assert not {"sampling", "statistics"} & told["stages"].keys()
+
+
+def test_nothing_is_written(model: Path, facts: Path) -> None:
+    before = sorted(p for p in model.parent.rglob("*") if "cache" not in p.parts)
+    plan(model, facts)
+    assert sorted(p for p in model.parent.rglob("*") if "cache" not in p.parts) == before
+
+
+def test_sampled_contexts_count_at_their_length(model: Path, facts: Path) -> None:
+    short = plan(model, facts, contexts={"kind": "sampled", "sampled_tokens": 2})
+    long = plan(model, facts, contexts={"kind": "sampled", "sampled_tokens": 20})
+    bare = plan(model, facts, contexts={"kind": "none"})
+    works = [told["stages"]["keys"]["gflop"] for told in (bare, short, long)]
+    assert works == sorted(works) and len(set(works)) == 3
+    assert short["method"]["contexts"] == 6 and bare["method"]["contexts"] == 1
+
+
+def test_workers_divide_time_and_keys(model: Path, facts: Path) -> None:
+    alone = plan(model, facts, executor="ray", workers=1)
+    four = plan(model, facts, executor="ray", workers=4)
+    assert "seconds_if_spread" not in alone["time"]
+    assert four["time"]["seconds_if_spread"] < four["time"]["seconds"]
+    assert {"each_worker_mb", "driver_mb"} <= four["memory"].keys()
+    assert "process_mb" in plan(model, facts)["memory"]
+
+
+def neox_folder(folder: Path) -> Path:
+    """A 20B model as a hub page shows it: config, index, tokenizer; weights elsewhere."""
+    folder.mkdir()
+    config = AutoConfig.for_model("gpt_neox", **NEOX)
+    config.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    with torch.device("meta"):
+        names = list(_neox_names(config))
+    total = 20_554_567_680 * 2  # its parameters in float16
+    weight_map = {n: f"model-{1 + i * 46 // len(names):05d}-of-00046.safetensors"
+                  for i, n in enumerate(names)}  # fmt: skip
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _neox_names(config: Any) -> list[str]:
+    from memedit.architecture import skeleton
+
+    names = []
+    for name in skeleton(config).state_dict():
+        if ".layers.0." in name:
+            names += [name.replace(".0.", f".{layer}.", 1) for layer in range(44)]
+        else:
+            # The head has another name in checkpoints of this family.
+            names.append("embed_out.weight" if name == "lm_head.weight" else name)
+    return sorted(names)
+
+
+def test_a_model_of_20_billion_is_planned_without_its_weights(tmp_path: Path, facts: Path) -> None:
+    folder = neox_folder(tmp_path / "neox")
+    told = plan(folder, facts, dtype="bfloat16")
+    assert told["model"]["parameters"] == 20_554_567_680
+    assert told["model"]["sizes_from"].startswith("config.json and the index")
+    assert told["model"]["bytes"] == 2 * told["model"]["parameters"]
+    assert told["method"]["layers"] == [6, 7, 8, 9, 10]
+    assert told["weights"]["shape"] == "6144 × 24576"
+    assert told["weights"]["bytes"] == 5 * 6144 * 24576 * 2
+    assert told["weights"]["dtype"] == "float16"
+    shards = told["shards"]
+    assert shards["of"] == 46 and 1 <= len(shards["rewritten"]) <= 5
+    assert shards["bytes_rewritten"] + shards["bytes_linked"] == told["model"]["bytes"]
+    # Five second moments of 24,576² numbers of eight bytes: 24 GB.
+    assert told["memory"]["driver_moments"].startswith("24,160 MB = ")
+    assert told["memory"]["worker_model"].startswith("41,110 MB = ")
+
+
+def test_an_outline_is_the_checkpoint_without_its_bytes(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", "gpt2")
+    whole = Checkpoint.open(folder)
+    assert index_without_weights(folder) is None
+    for shard in whole.shards:
+        (folder / shard).unlink()
+    index = index_without_weights(folder)
+    assert index is not None
+    config = tiny_config("gpt2", dtype=torch.float32)
+    drawn = outline(folder, config, index)
+    assert drawn.shards == whole.shards
+    for name in whole.names:
+        theirs, ours = whole.info(name), drawn.info(name)
+        assert (ours.shape, ours.dtype, ours.shard) == (theirs.shape, theirs.dtype, theirs.shard)
+        assert ours.size_bytes == theirs.size_bytes
+    shape = shape_of(config, architecture_of(config))
+    assert drawn.size_bytes == 4 * shape.parameters
+
+
+def refused(*arguments: object) -> str:
+    with pytest.raises(InputError) as caught:
+        plan(*arguments)  # type: ignore[arg-type]
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_bad_input_is_refused_as_edit_refuses_it(model: Path, facts: Path, tmp_path: Path) -> None:
+    assert "no such file" in refused(model, tmp_path / "none.jsonl")
+    assert "no such folder" in refused(tmp_path / "nowhere" / "at all", facts)
+    first = write(
+        tmp_path / "first.jsonl", {"subject": "a", "prompt": "{} is", "target_new": "Rome"}
+    )
+    assert f"{first}:1 [subject]" in refused(model, first)
+    with pytest.raises(InputError, match="outside the model"):
+        plan(model, facts, layers=(99,))
+    with pytest.raises(InputError, match="no such file"):
+        plan(model, facts, corpus=str(tmp_path / "none.txt"))
+    with pytest.raises(InputError, match="too few for the statistics"):
+        plan(model, facts, moments={"tokens": 10, "window": 8})
+    # One shard of several is missing: a broken download, not a folder without weights.
+    shards = Checkpoint.open(model).shards
+    (model / shards[0]).rename(tmp_path / "away")
+    assert "is missing" in refused(model, facts)
+    (model / shards[0]).write_bytes((tmp_path / "away").read_bytes()[:-8])
+    assert "truncated" in refused(model, facts)
+
+
+def test_nan_in_an_edited_weight_is_found(model: Path, facts: Path) -> None:
+    name = plan(model, facts, layers=(1,))["weights"]["names"][0]
+    info = Checkpoint.open(model).info(name)
+    with (model / info.shard).open("r+b") as file:
+        file.seek(info.offset)
+        file.write(b"\xff\xff\xff\xff")
+    with pytest.raises(InputError, match="NaN"):
+        plan(model, facts, layers=(1,))
+
+
+def test_skipped_rows_are_told_with_their_reasons(model: Path, tmp_path: Path) -> None:
+    facts = write(
+        tmp_path / "mixed.jsonl",
+        *FACTS,
+        {"subject": "a", "prompt": "{} is", "target_new": "Rome"},
+        {"subject": "Ben", "prompt": "Big {} is", "target_new": "  "},
+    )
+    told = plan(model, facts, on_bad_row="skip")["facts"]
+    assert (told["read"], told["accepted"], told["rejected"]) == (4, 2, 2)
+    assert [reason.split(":")[0] for reason in told["reasons"]] == ["row 3", "row 4"]
+
+
+def test_the_command_prints_one_object(
+    model: Path, facts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", "--model", str(model), "--facts", str(facts), "--device", "cpu"]
+    assert run([*arguments, "--json", "--cache", str(facts.parent / "cache")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["time"]["matrix_gflop_per_s"] > 0
+    assert told["weights"]["shape"] == f"{HIDDEN} × {INNER}"
+    assert run([*arguments, "--layers", "77"]) == 2
+
+
+def test_the_table_fits_80_columns(
+    model: Path, facts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    told = plan(model, facts)
+    stream = io.StringIO()
+    show_plan(told, stream)
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = " ".join(" ".join(lines).split())
+    for text in ("facts accepted", "shards bytes rewritten", "stages targets arithmetic"):
+        assert text in shown
+    assert told["stages"]["solve"]["arithmetic"].split(" = ")[0] in shown
+
+
+def test_the_rate_is_of_the_device() -> None:
+    assert measured_rate("cpu", torch.float32, seconds=0.01) > 1e8
+    with pytest.raises(InputError, match="cannot compute on"):
+        measured_rate("cuda:99", torch.float32, seconds=0.01)

@@ -1,0 +1,447 @@
+"""`memedit plan`: what `edit` would do with these facts and this model, without doing it.
+
+Reads the facts, the config, the tokenizer and the headers of the shards; where the weights are not
+here yet, config.json and the index are enough. Loads no model. The arithmetic is in `memedit.cost`;
+here it meets files, the settings of a job and the measured rate of the machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from memedit.architecture import architecture_of
+from memedit.checkpoint import Checkpoint
+from memedit.config import EditSettings
+from memedit.cost import (
+    TOKENS_PER_BATCH_CPU,
+    TOKENS_PER_BATCH_GPU,
+    Amount,
+    ModelShape,
+    TextCounts,
+    count_texts,
+    driver_memory,
+    evaluation_work,
+    keys_work,
+    sampling_work,
+    shape_of,
+    si,
+    solve_work,
+    statistics_work,
+    targets_work,
+    worker_memory,
+)
+from memedit.defaults import defaults_for
+from memedit.errors import InputError
+from memedit.evaluate import GENERATION_EXTRA_TOKENS
+from memedit.model import DTYPES, load_config, load_tokenizer
+from memedit.progress import Progress
+from memedit.prompts import encode, encode_completion
+from memedit.requests import EditRequest
+from memedit.scoring import plan_rows
+from workflows.corpora import Corpus
+from workflows.facts import FactTable, read_facts
+from workflows.models import resolve_model
+from workflows.outline import index_without_weights, outline
+from workflows.rate import measured_rate
+from workflows.session import (
+    MIN_TOKENS_PER_WIDTH,
+    Base,
+    contexts_of,
+    corpus_of,
+    device_of_job,
+    encode_facts,
+    settings_of,
+)
+from workflows.settings import PlanJob
+
+EFFICIENCY: Mapping[str, float] = {
+    "sampling": 0.3,
+    "statistics": 0.65,
+    "evaluation": 0.4,
+    "targets": 0.65,
+    "keys": 0.4,
+    "solve": 0.5,
+}
+"""The share of the matrix rate that a stage reaches: measured with SmolLM2 135M on a CPU."""
+FILE_BYTES_PER_S = 1e9
+"""Taken for reading, checksums and writing."""
+_INTERPRETER_BYTES = 350e6
+"""Python with torch and transformers, before a model is loaded."""
+_JUDGED_FACTS = 64
+"""So many facts are tokenised to know what their evaluation costs."""
+
+
+def run_plan(
+    job: PlanJob, progress: Progress, *, matrix_rate: float | None = None
+) -> Mapping[str, Any]:
+    """Run `memedit plan`; gives plain values, amounts with the arithmetic behind them.
+
+    Args:
+        job: The job.
+        progress: Told of what a person should read.
+        matrix_rate: Operations a second of the machine that will do the work, in the job's dtype;
+            None measures this one for half a second.
+
+    Raises:
+        InputError: The input or the settings are wrong, as `edit` would say it.
+    """
+    table = read_facts(job.facts, on_bad_row=job.on_bad_row)
+    base, absent = _open_base(job, progress)
+    settings = settings_of(job, base, len(table.requests), progress)
+    contexts = _contexts(settings, base)
+    table, encoded = encode_facts(table, base.tokenizer, contexts, on_bad_row=job.on_bad_row)
+    names = [base.arch.checkpoint_key(i, base.checkpoint.names) for i in settings.layers]
+    if not absent:
+        base.checkpoint.check_editable(names)
+    corpus = None if job.stats else corpus_of(job)
+    if corpus is not None:
+        _check_tokens(settings, base, corpus)
+    device = device_of_job(job)
+    shape = shape_of(base.config, base.arch)
+    on_cpu = torch.device(device).type == "cpu"
+    texts = count_texts(
+        encoded,
+        tokens_per_batch=settings.targets.tokens_per_batch
+        or (TOKENS_PER_BATCH_CPU if on_cpu else TOKENS_PER_BATCH_GPU),
+    )
+    rates = _rates(device, job.dtype, matrix_rate)
+    work = _work(job, base, settings, shape, texts, table.batch.requests, corpus)
+    shards = _shards(base.checkpoint, names)
+    files = base.checkpoint.size_bytes * 3 + 2 * shards["bytes_rewritten"]
+    stages = {
+        name: _stage(name, amount, rates["float64"] if name == "solve" else rates["model"])
+        for name, amount in work.items()
+    }
+    stages["files"] = {
+        "bytes": files,
+        "seconds": _rounded(files / FILE_BYTES_PER_S),
+        "arithmetic": f"model read for its checksum and loaded twice, 3 × "
+        f"{si(base.checkpoint.size_bytes)}B, + shards rewritten 2 × "
+        f"{si(shards['bytes_rewritten'])}B, at {si(FILE_BYTES_PER_S)}B/s",
+    }
+    return {
+        "model": {
+            "name": base.name,
+            "type": base.config.model_type,
+            "parameters": shape.parameters,
+            "blocks": shape.blocks,
+            "bytes": base.checkpoint.size_bytes,
+            "sizes_from": absent or "the headers of the weight files",
+        },
+        "facts": _facts(table, texts),
+        "method": _method(
+            settings, defaults_for(base.config, len(table.requests)).source, contexts
+        ),
+        "statistics": _statistics(job, settings, corpus),
+        "weights": _weights(base.checkpoint, names),
+        "shards": shards,
+        "stages": stages,
+        "memory": _memory(job, base, settings, shape, texts, names),
+        "time": _time(job, device, stages, rates),
+    }
+
+
+def _stage(name: str, amount: Amount, rate: float) -> dict[str, Any]:
+    share = EFFICIENCY[name]
+    return {
+        "gflop": _rounded(amount.value / 1e9),
+        "seconds": _rounded(amount.value / rate / share),
+        "arithmetic": f"{amount.how} = {si(amount.value)} operations,"
+        f" at {share:g} of {si(rate)} a second",
+    }
+
+
+def _rounded(value: float) -> float:
+    """Three digits: no estimate here is better."""
+    rounded = float(f"{value:.3g}")
+    return int(rounded) if rounded >= 100 else rounded
+
+
+# ------------------------------------------------------------------------------------- the model
+
+
+def _open_base(job: PlanJob, progress: Progress) -> tuple[Base, str | None]:
+    """The base, and where its sizes come from if its weights are not here."""
+    resolved = resolve_model(job.model, cache=job.cache_folder, progress=progress)
+    placed = index_without_weights(resolved.folder)
+    checkpoint = None
+    if placed is None:
+        checkpoint = Checkpoint.open(resolved.folder, cache=job.cache_folder / "checksums")
+    config = load_config(resolved.folder)
+    arch = architecture_of(config, job.architecture)
+    absent = None
+    if placed is not None:
+        checkpoint = outline(resolved.folder, config, placed)
+        absent = f"config.json and the index: none of {len(checkpoint.shards)} weight files is here"
+        progress.message(f"{resolved.folder}: {absent}; `edit` needs them")
+    assert checkpoint is not None
+    tokenizer = load_tokenizer(resolved.folder)
+    base = Base(
+        name=resolved.name,
+        checkpoint=checkpoint,
+        config=config,
+        arch=arch,
+        tokenizer=tokenizer,
+        job=job,
+    )
+    return base, absent
+
+
+def _weights(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, Any]:
+    infos = [checkpoint.info(name) for name in names]
+    return {
+        "names": list(names),
+        "shape": " × ".join(map(str, infos[0].shape)),
+        "dtype": ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in infos})),
+        "bytes": sum(info.size_bytes for info in infos),
+    }
+
+
+def _shards(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, Any]:
+    """Which files are written anew and which are linked; bytes of tensors, without headers."""
+    touched = {checkpoint.shard_of(name) for name in names}
+    sizes = dict.fromkeys(checkpoint.shards, 0)
+    for info in checkpoint.tensors.values():
+        sizes[info.shard] += info.size_bytes
+    rewritten = sum(sizes[shard] for shard in touched)
+    return {
+        "rewritten": sorted(touched),
+        "of": len(checkpoint.shards),
+        "bytes_rewritten": rewritten,
+        "bytes_linked": sum(sizes.values()) - rewritten,
+    }
+
+
+# ----------------------------------------------------------------------------- facts and settings
+
+
+def _contexts(settings: EditSettings, base: Base) -> tuple[str, ...]:
+    """The templates of the run; in place of sampled ones, others of their length."""
+    chosen = settings.contexts
+    bare = contexts_of(settings, base, None)
+    if chosen.kind != "sampled":
+        return bare
+    words = " the" * chosen.sampled_tokens
+    return (*bare, *(f"{start}{words}. {{}}" for start in chosen.starts))
+
+
+def _facts(table: FactTable, texts: TextCounts) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "file": table.source,
+        "read": table.read,
+        "accepted": len(table.requests),
+        "rejected": len(table.rejects),
+        "duplicates": len(table.duplicates),
+        "tokens_mean": _rounded(texts.from_subject_mean),
+        "tokens_max": texts.from_subject_max,
+        "tokens_are": "a fact's, from the subject's last token on, in all contexts",
+    }
+    if table.rejects:
+        facts["reasons"] = [f"row {r.row}: {r.reason}" for r in table.rejects[:10]]
+    return facts
+
+
+def _method(settings: EditSettings, source: str, contexts: Sequence[str]) -> dict[str, Any]:
+    return {
+        "name": settings.method,
+        "layers": list(settings.layers),
+        "lam": settings.solve.lam,
+        "contexts": len(contexts),
+        "context_kind": settings.contexts.kind,
+        "steps": settings.targets.steps,
+        "defaults": source,
+    }
+
+
+def _statistics(job: PlanJob, settings: EditSettings, corpus: Corpus | None) -> dict[str, Any]:
+    if corpus is None:
+        return {"from": str(job.stats)}
+    found: dict[str, Any] = {"corpus": corpus.spec, "kind": corpus.kind}
+    if corpus.files:
+        found["files"] = len(corpus.files)
+        found["bytes"] = sum(file.stat().st_size for file in corpus.files)
+    return found | {"tokens": settings.moments.tokens, "window": settings.moments.window}
+
+
+def _check_tokens(settings: EditSettings, base: Base, corpus: Corpus) -> None:
+    """Refuse what `edit` would refuse whatever the corpus holds."""
+    needed = MIN_TOKENS_PER_WIDTH * base.arch.input_width(base.config)
+    if settings.moments.tokens + settings.moments.window <= needed:
+        raise InputError(
+            f"too few for the statistics: {settings.moments.tokens} tokens of {corpus.spec}, and"
+            f" this model's keys need at least {needed}",
+            field="moments.tokens",
+        )
+
+
+# ------------------------------------------------------------------------------------------ costs
+
+
+def _work(
+    job: PlanJob,
+    base: Base,
+    settings: EditSettings,
+    shape: ModelShape,
+    texts: TextCounts,
+    requests: Sequence[EditRequest],
+    corpus: Corpus | None,
+) -> dict[str, Amount]:
+    layers, moments = settings.layers, settings.moments
+    evaluation = job.evaluation_settings
+    work: dict[str, Amount] = {}
+    if corpus is not None and corpus.kind == "self":
+        tokens = moments.tokens + evaluation.heldout_tokens
+        work["sampling"] = sampling_work(shape, tokens=tokens, window=moments.window)
+    if corpus is not None:
+        work["statistics"] = statistics_work(
+            shape, layers=layers, tokens=moments.tokens, window=moments.window
+        )
+    judged = _judged(job, base.tokenizer, requests)
+    work["evaluation"] = evaluation_work(
+        shape, tokens=judged.tokens, reads=judged.reads, generated=judged.generated
+    )
+    work["targets"] = targets_work(
+        shape, layer=layers[-1], texts=texts, steps=settings.targets.steps
+    )
+    work["keys"] = keys_work(shape, layers=layers, texts=texts)
+    work["solve"] = solve_work(shape, layers=layers, edits=len(requests))
+    return work
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Judged:
+    """Tokens that one evaluation reads, positions whose logits it needs, tokens it generates."""
+
+    tokens: int
+    reads: int
+    generated: int
+
+
+def _judged(
+    job: PlanJob, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
+) -> _Judged:
+    settings = job.evaluation_settings
+    count = min(len(requests), _JUDGED_FACTS)
+    sample = [requests[i * len(requests) // count] for i in range(count)]
+    tokens = reads = generated = 0
+    for request in sample:
+        contexts = set(_asked(tokenizer, request))
+        tokens += sum(map(len, plan_rows(sorted(contexts)).rows))
+        reads += len(contexts)
+        prompt, target = encode_completion(tokenizer, request.text, request.target_new)
+        tokens += len(prompt)
+        generated += len(target) + GENERATION_EXTRA_TOKENS
+    scale = len(requests) / count
+    prompt_length = sum(len(encode(tokenizer, r.text)) for r in sample) / count
+    fluent = min(len(requests), settings.fluency_facts)
+    neighbours = sum(len(r.neighbourhood) for r in sample) * scale
+    drift = min(int(neighbours), settings.drift_prompts)
+    side_tokens = (fluent + drift) * prompt_length + settings.heldout_tokens
+    return _Judged(
+        tokens=round(tokens * scale + side_tokens),
+        reads=round(reads * scale + drift + settings.heldout_tokens),
+        generated=round(generated * scale + fluent * settings.fluency_tokens),
+    )
+
+
+def _asked(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> Iterator[tuple[int, ...]]:
+    """The contexts after which the evaluation of a fact reads a distribution."""
+    new, true = request.target_new, request.target_true
+    asked = [(p, t) for p in (request.text, *request.paraphrases) for t in (new, true) if t]
+    asked += [(n.prompt, t) for n in request.neighbourhood for t in (n.target, new)]
+    for prompt, target in asked:
+        prompt_ids, target_ids = encode_completion(tokenizer, prompt, target)
+        for end in range(len(target_ids)):
+            yield (*prompt_ids, *target_ids[:end])
+
+
+def _memory(
+    job: PlanJob,
+    base: Base,
+    settings: EditSettings,
+    shape: ModelShape,
+    texts: TextCounts,
+    names: Sequence[str],
+) -> dict[str, Any]:
+    workers = _workers(job)
+    itemsize = DTYPES[job.dtype].itemsize
+    worker = worker_memory(
+        shape, layers=settings.layers, texts=texts, itemsize=itemsize, workers=workers
+    )
+    stored = max(base.checkpoint.info(name).dtype.itemsize for name in names)
+    driver = driver_memory(shape, layers=settings.layers, edits=texts.facts, itemsize=stored)
+    # Stages come one after the other; keys and states stay while a layer is solved.
+    held = driver["moments"].value + driver["updates"].value
+    at_solve = held + max(driver["solve"].value, driver["publish"].value)
+    model, keys = worker["model"].value, worker["keys"].value
+    peaks = {"statistics": worker["statistics"].value, "targets": worker["targets"].value}
+    worker_peak = model + max(*peaks.values(), keys)
+    beside = {
+        "statistics": peaks["statistics"],
+        "targets": peaks["targets"] + driver["moments"].value,
+        "keys and solve": keys + at_solve,
+    }
+    if job.executor == "inline":
+        stage = max(beside, key=lambda name: beside[name])
+        total = {
+            "process_mb": _mb(_INTERPRETER_BYTES + model + beside[stage]),
+            "process_arithmetic": f"interpreter {_mb(_INTERPRETER_BYTES):,} MB + model"
+            f" {_mb(model):,} MB + {stage} {_mb(beside[stage]):,} MB",
+        }
+    else:
+        total = {
+            "each_worker_mb": _mb(_INTERPRETER_BYTES + worker_peak),
+            "driver_mb": _mb(_INTERPRETER_BYTES + at_solve),
+        }
+    parts = {f"worker_{name}": amount for name, amount in worker.items()}
+    parts |= {f"driver_{name}": amount for name, amount in driver.items()}
+    shown: dict[str, Any] = {"workers": workers, **total}
+    for name, amount in parts.items():
+        shown[name] = f"{_mb(amount.value):,} MB = {amount.how}"
+    return shown
+
+
+def _mb(value: float) -> int:
+    return math.ceil(value / 1e6)
+
+
+def _workers(job: PlanJob) -> int:
+    return (job.workers or 1) if job.executor == "ray" else 1
+
+
+# ------------------------------------------------------------------------------------------- time
+
+
+def _rates(device: str, dtype: str, given: float | None) -> dict[str, float]:
+    if given is not None:
+        return {"model": given, "float64": given / 2}
+    return {
+        "model": measured_rate(device, DTYPES[dtype], seconds=0.3),
+        "float64": measured_rate(device, torch.float64, seconds=0.2),
+    }
+
+
+def _time(
+    job: PlanJob, device: str, stages: Mapping[str, Any], rates: Mapping[str, float]
+) -> dict[str, Any]:
+    workers = _workers(job)
+    total = sum(stage["seconds"] for stage in stages.values())
+    found: dict[str, Any] = {
+        "device": device,
+        "matrix_gflop_per_s": _rounded(rates["model"] / 1e9),
+        "float64_gflop_per_s": _rounded(rates["float64"] / 1e9),
+        "seconds": _rounded(total),
+    }
+    if workers > 1:
+        alone = stages["solve"]["seconds"] + stages["files"]["seconds"]
+        found["seconds_if_spread"] = _rounded(alone + (total - alone) / workers)
+    return found | {
+        "assumes": "at most: no fact stops early, nothing kept from earlier runs; without the"
+        " start of processes"
+    }
