@@ -25,8 +25,8 @@ def measured_rate(device: str, dtype: torch.dtype, *, seconds: float) -> float:
             (square @ square)[0, 0].item()  # waits for the device
             taken_s = time.perf_counter() - start
             best = max(best, 2 * size**3 / taken_s)
-            # Larger products come nearer to the limit, as long as many of them fit.
-            if taken_s < seconds / 20 and size < _LARGEST:
+            # Larger products come nearer to the limit, on a busy machine above all.
+            if taken_s < seconds / 4 and size < _LARGEST:
                 size *= 2
                 square = torch.ones(size, size, dtype=dtype, device=device)
     except (RuntimeError, AssertionError) as error:
