@@ -94,21 +94,37 @@ def test_no_neighbour_is_edited_itself(requests: tuple[EditRequest, ...]) -> Non
 def test_the_embedded_model_knows_them_and_can_look_them_up(
     requests: tuple[EditRequest, ...], smollm2: Path
 ) -> None:
-    from memedit.evaluate import score_facts
     from memedit.model import ModelSpec, load_model
-    from memedit.prompts import encode_request
+    from memedit.prompts import encode_completion, encode_request
+    from memedit.scoring import Completion, score_completions
 
     loaded = load_model(ModelSpec(folder=smollm2))
     for request in requests:
         # Refuses a subject that is the single first token, the attention sink.
         encode_request(loaded.tokenizer, request, ["{}"])
 
-    facts = score_facts(loaded.model, loaded.tokenizer, loaded.arch, requests)
+    def share_preferred(questions: list[tuple[str, str | None, str]]) -> float:
+        """How often the first object is more probable after the prompt than the second."""
+        completions = []
+        for prompt, *objects in questions:
+            for target in objects:
+                assert target is not None
+                prompt_ids, target_ids = encode_completion(loaded.tokenizer, prompt, target)
+                completions.append(
+                    Completion(prompt_ids=tuple(prompt_ids), target_ids=tuple(target_ids))
+                )
+        scores = score_completions(loaded.model, loaded.arch, completions)
+        pairs = zip(scores[::2], scores[1::2], strict=True)
+        return sum(own.logprob > other.logprob for own, other in pairs) / len(questions)
 
-    def share(judgements: list[bool]) -> float:
-        return sum(judgements) / len(judgements)
-
-    # Nothing is edited: success would be the new object, knowledge is the true one.
-    assert share([fact.efficacy is False for fact in facts]) >= 0.9
-    assert share([not said for fact in facts for said in fact.paraphrase]) >= 0.9
-    assert share([kept for fact in facts for kept in fact.neighbourhood]) >= 0.9
+    assert share_preferred([(r.text, r.target_true, r.target_new) for r in requests]) >= 0.9
+    # The others cost seven times as much; one fact in four is enough to notice a wrong table.
+    some = requests[::4]
+    assert (
+        share_preferred([(p, r.target_true, r.target_new) for r in some for p in r.paraphrases])
+        >= 0.9
+    )
+    assert (
+        share_preferred([(n.prompt, n.target, r.target_new) for r in some for n in r.neighbourhood])
+        >= 0.9
+    )
