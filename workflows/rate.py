@@ -17,7 +17,9 @@ def measured_rate(device: str, dtype: torch.dtype, *, seconds: float) -> float:
     Raises:
         InputError: There is no such device here.
     """
-    best, size, end = 0.0, 256, time.perf_counter() + seconds
+    # Half precision can be hundreds of times slower on a CPU that does not know it.
+    size = 1024 if dtype.itemsize >= 4 else 256
+    best, end = 0.0, time.perf_counter() + seconds
     try:
         square = torch.ones(size, size, dtype=dtype, device=device)
         while best == 0 or time.perf_counter() < end:
