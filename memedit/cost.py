@@ -19,11 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 from memedit.architecture import Architecture, skeleton
 from memedit.prompts import EncodedRequest
+from memedit.solve import factors_are_cheaper
 
 _SKETCH_WIDTH = 32  # of the convergence estimate of the second moments
 _TOKENS_PER_COUNT = 2048  # tokens of one batch of the statistics
-# What `memedit.targets` takes where the settings leave the size of a batch open.
-TOKENS_PER_BATCH_CPU, TOKENS_PER_BATCH_GPU = 384, 8192
 _FLOAT64 = 8
 
 
@@ -314,10 +313,7 @@ def keys_work(shape: ModelShape, *, layers: Sequence[int], texts: TextCounts) ->
 
 def from_factors(shape: ModelShape, *, edits: int) -> bool:
     """Whether `memedit.solve` takes the form with N right-hand sides (Woodbury), or the sums."""
-    n, i, o = edits, shape.inner, shape.hidden
-    factors = 2 * n * i**2 + 2 * n**2 * i + n**3
-    sums = i**3 / 3 + 2 * o * i**2 + 2 * n * i * (i + o)
-    return factors < sums
+    return factors_are_cheaper(edits, shape.inner, shape.hidden)
 
 
 def solve_work(shape: ModelShape, *, layers: Sequence[int], edits: int) -> Amount:

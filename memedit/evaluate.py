@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from statistics import fmean, harmonic_mean
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memedit.architecture import Architecture
+from memedit.config import EvaluationSettings
 from memedit.generate import greedy_continuations
 from memedit.outcome import METRIC_KEYS, Evaluation, FactResult
 from memedit.progress import Progress, Silent
@@ -35,24 +35,6 @@ from memedit.side_effects import (
 
 GENERATION_EXTRA_TOKENS = 5
 """How many tokens beyond the length of the new object a continuation may take to say it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """How much is measured beside the facts, and in what portions."""
-
-    drift_prompts: int = 200
-    """At most this many prompts of facts that were not edited; 0 leaves drift out."""
-    fluency_facts: int = 20
-    """Continuations for the n-gram entropy; 0 leaves fluency out."""
-    fluency_tokens: int = 50
-    heldout_tokens: int = 2048
-    """Held-out text is the same before and after, so a small sample shows a small difference."""
-    heldout_window: int = 256
-    facts_per_portion: int = 64
-    """Facts scored together, so that memory does not grow with the batch and progress shows."""
-    tokens_per_batch: int | None = None
-    """Rows times columns of one forward pass; None for what suits the device."""
 
 
 def evaluate(

@@ -63,11 +63,11 @@ def greedy_continuations(
     for batch in _batches(encoded, lengths, limit):
         width = max(len(encoded[i]) for i in batch)
         padding = [width - len(encoded[i]) for i in batch]
-        ids = [[pad_id] * p + encoded[i] for p, i in zip(padding, batch, strict=True)]
-        mask = [[0] * p + [1] * (width - p) for p in padding]
+        ids_BT = [[pad_id] * p + encoded[i] for p, i in zip(padding, batch, strict=True)]
+        mask_BT = [[0] * p + [1] * (width - p) for p in padding]
         output = model.generate(  # type: ignore[operator]
-            input_ids=torch.tensor(ids, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
+            input_ids=torch.tensor(ids_BT, device=model.device),
+            attention_mask=torch.tensor(mask_BT, device=model.device),
             generation_config=_greedy(max(lengths[i] for i in batch), sorted(ends), pad_id),
         )
         for i, row in zip(batch, output[:, width:].tolist(), strict=True):

@@ -66,16 +66,19 @@ def _continue(
         do_sample=True,
         top_k=_TOP_K,
         max_new_tokens=tokens,
-        min_new_tokens=tokens,
         pad_token_id=0,
         eos_token_id=None,
         use_cache=True,
     )
     ids = torch.tensor(prompts, device=device)
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(seed)
-        out = model.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), generation_config=config
-        )
+    # Given as an argument, what it leaves open would be filled in from the checkpoint's own config:
+    # a temperature, a penalty of repetition, a token to end at.
+    own, model.generation_config = model.generation_config, config
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            torch.manual_seed(seed)
+            out = model.generate(ids, attention_mask=torch.ones_like(ids))  # type: ignore[operator]
+    finally:
+        model.generation_config = own
     return [list(map(int, row)) for row in out]

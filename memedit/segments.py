@@ -51,6 +51,7 @@ class Stub(nn.Module):
             return getattr(object.__getattribute__(self, "_original"), name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Hand the hidden states on, in the form that the original block returns."""
         hidden = hidden_states if self.value is None else self.value
         return (hidden, None) if self.returns_tuple else hidden
 

@@ -88,7 +88,7 @@ class LayerProblem:
 def solve_memit(problem: LayerProblem) -> Update:
     """Δ = Rᵀ K (λ C + Kᵀ K)⁻¹ (MEMIT, Eq. 14), from factors or from sums, whichever is cheaper."""
     K_NI, R_NO = problem.keys_NI, problem.residuals_NO
-    if _factors_are_cheaper(len(K_NI), K_NI.shape[1], R_NO.shape[1]):
+    if factors_are_cheaper(len(K_NI), K_NI.shape[1], R_NO.shape[1]):
         return solve_from_factors(problem)
     return solve_from_sums(
         layer=problem.layer,
@@ -99,7 +99,7 @@ def solve_memit(problem: LayerProblem) -> Update:
     )
 
 
-def _factors_are_cheaper(edits: int, inputs: int, outputs: int) -> bool:
+def factors_are_cheaper(edits: int, inputs: int, outputs: int) -> bool:
     """Compare the operations of the two forms, the factor of C being there already."""
     factors = 2 * edits * inputs**2 + 2 * edits**2 * inputs + edits**3
     sums = inputs**3 / 3 + 2 * outputs * inputs**2 + 2 * edits * inputs * (inputs + outputs)

@@ -36,8 +36,10 @@ from memedit.segments import (
     skipped_blocks,
 )
 
-_TOKENS_PER_BATCH = {"cpu": 384}
-"""Positions optimised at once where the settings leave it open; a GPU wants thousands."""
+
+def default_tokens_per_batch(device: torch.device) -> int:
+    """Positions optimised at once where the settings leave it open; a GPU wants thousands."""
+    return 384 if device.type == "cpu" else 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +136,7 @@ def optimise_targets(
     Raises:
         NumericalError: A loss is not finite.
     """
-    budget = settings.tokens_per_batch or _TOKENS_PER_BATCH.get(model.device.type, 8192)
+    budget = settings.tokens_per_batch or default_tokens_per_batch(model.device)
     # Neighbours in length share a batch with little padding; the longest come first.
     waiting = deque(sorted(requests, key=width, reverse=True))
     active: list[_Fact] = []

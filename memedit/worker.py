@@ -46,7 +46,7 @@ class Worker:
     def load(self, spec: ModelSpec) -> Iterator[None]:
         """Let go of the model and of all state, and load another."""
         self._accumulator, self._passes = None, {}
-        del self.loaded
+        vars(self).pop("loaded", None)  # a load that failed has let go of it already
         gc.collect()
         self.loaded = load_model(spec)
         yield None

@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# Tiny models are too small for a second thread, and on a busy machine it only gets in the way.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,6 @@ from memedit.architecture import architecture_of
 from memedit.checkpoint import Checkpoint
 from memedit.config import EditSettings
 from memedit.cost import (
-    TOKENS_PER_BATCH_CPU,
-    TOKENS_PER_BATCH_GPU,
     Amount,
     ModelShape,
     TextCounts,
@@ -44,6 +42,7 @@ from memedit.progress import Progress
 from memedit.prompts import encode, encode_completion
 from memedit.requests import EditRequest
 from memedit.scoring import plan_rows
+from memedit.targets import default_tokens_per_batch
 from workflows.corpora import Corpus
 from workflows.facts import FactTable, read_facts
 from workflows.models import resolve_model
@@ -77,16 +76,12 @@ _JUDGED_FACTS = 64
 """So many facts are tokenised to know what their evaluation costs."""
 
 
-def run_plan(
-    job: PlanJob, progress: Progress, *, matrix_rate: float | None = None
-) -> Mapping[str, Any]:
+def run_plan(job: PlanJob, progress: Progress) -> Mapping[str, Any]:
     """Run `memedit plan`; gives plain values, amounts with the arithmetic behind them.
 
     Args:
         job: The job.
         progress: Told of what a person should read.
-        matrix_rate: Operations a second of the machine that will do the work, in the job's dtype;
-            None measures this one for half a second.
 
     Raises:
         InputError: The input or the settings are wrong, as `edit` would say it.
@@ -104,13 +99,12 @@ def run_plan(
         _check_tokens(settings, base, corpus)
     device = device_of_job(job)
     shape = shape_of(base.config, base.arch)
-    on_cpu = torch.device(device).type == "cpu"
     texts = count_texts(
         encoded,
         tokens_per_batch=settings.targets.tokens_per_batch
-        or (TOKENS_PER_BATCH_CPU if on_cpu else TOKENS_PER_BATCH_GPU),
+        or default_tokens_per_batch(torch.device(device)),
     )
-    rates = _rates(device, job.dtype, matrix_rate)
+    rates = _rates(device, job.dtype, job.matrix_gflops)
     work = _work(job, base, settings, shape, texts, table.batch.requests, corpus)
     shards = _shards(base.checkpoint, names)
     files = base.checkpoint.size_bytes * 3 + 2 * shards["bytes_rewritten"]
@@ -420,7 +414,7 @@ def _workers(job: PlanJob) -> int:
 
 def _rates(device: str, dtype: str, given: float | None) -> dict[str, float]:
     if given is not None:
-        return {"model": given, "float64": given / 2}
+        return {"model": given * 1e9, "float64": given * 1e9 / 2}
     return {
         "model": measured_rate(device, DTYPES[dtype], seconds=0.3),
         "float64": measured_rate(device, torch.float64, seconds=0.2),

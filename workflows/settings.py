@@ -254,8 +254,8 @@ class StatsJob(WorkJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanJob(WorkJob):
-    """`memedit plan`: what `edit` would do, without doing it."""
+class FactsJob(WorkJob):
+    """A job over a fact table."""
 
     facts: Path = option(
         None,
@@ -288,7 +288,21 @@ class PlanJob(WorkJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditJob(PlanJob):
+class PlanJob(FactsJob):
+    """`memedit plan`: what `edit` would do, without doing it."""
+
+    matrix_gflops: float | None = option(
+        None,
+        "Matrix products a second of the machine that will do the work, in 10^9 operations and the"
+        " job's dtype. [default: measured here]",
+        group="Machine",
+        metavar="RATE",
+        at_least=1,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditJob(FactsJob):
     """`memedit edit`: the main job."""
 
     out: Path = option(

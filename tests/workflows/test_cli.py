@@ -97,6 +97,7 @@ def test_every_flag_is_a_field_of_the_job_file(command: str, tmp_path: Path) -> 
         "json": True, "debug": True, "full": True, "log_format": "json", "executor": "ray",
         "dtype": "float16", "on_bad_row": "skip", "method": "memit", "gate": ["score>=1"],
         "layers": "3-4", "seed": 4, "workers": 2, "gpus_per_worker": 1.0, "tokens": 5,
+        "matrix_gflops": 50.0,
         "prompts": ["a", "b"], "address": "auto", "device": "cpu", "run_id": "x",
     }  # fmt: skip
     given = {name: samples.get(name, f"/{name}") for name in {p.name for p in flags}}

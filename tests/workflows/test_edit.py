@@ -360,7 +360,14 @@ def test_corpora(
 @pytest.mark.usefixtures("plain")
 def test_bad_rows_can_be_skipped(first: First, calls: Calls, tmp_path: Path) -> None:
     bad = {"subject": "Big Ben", "prompt": "It is in", "target_new": "Rome"}
-    rows = [FACTS[0], "{not json", FACTS[1], bad, FACTS[2] | {"target_new": " "}, FACTS[2]]
+    rows: list[dict[str, Any] | str] = [
+        FACTS[0],
+        "{not json",
+        FACTS[1],
+        bad,
+        FACTS[2] | {"target_new": " "},
+        FACTS[2],
+    ]
     facts = write_rows(tmp_path / "facts.jsonl", rows)
     out = tmp_path / "out"
     ran = edit(first.base, facts, out, first.cache, "--on-bad-row", "skip")

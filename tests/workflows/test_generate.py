@@ -30,7 +30,7 @@ def test_the_continuations_are_greedy(base: Path) -> None:
         ids = list(tokenizer(prompt)["input_ids"])
         for _ in range(6):
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        expected = tokenizer.decode(ids[-6:])
+        expected = str(tokenizer.decode(ids[-6:]))
         assert expected.startswith(found["continuation"]) and found["continuation"]
 
 

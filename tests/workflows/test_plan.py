@@ -67,8 +67,8 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
 
 def plan(model: Path, facts: Path, **fields: Any) -> Any:
     cache = facts.parent / "cache"
-    job = PlanJob(model=str(model), facts=facts, cache=cache, device="cpu", **fields)
-    return run_plan(job, Silent(), matrix_rate=RATE)
+    job = PlanJob(model=str(model), facts=facts, cache=cache, device="cpu", matrix_gflops=RATE / 1e9, **fields)
+    return run_plan(job, Silent())
 
 
 @pytest.mark.parametrize("layers", [(1,), (0, 1, 2)])
