@@ -12,7 +12,14 @@ from itertools import pairwise
 
 from transformers import PretrainedConfig
 
-from memedit.config import EditSettings, SolveSettings, TargetSettings
+from memedit.config import (
+    ContextSettings,
+    EditSettings,
+    MomentSettings,
+    SolveSettings,
+    TargetSettings,
+)
+from memedit.prompts import FIXED_CONTEXTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +90,15 @@ def defaults_for(config: PretrainedConfig, n_facts: int) -> Defaults:
     if key == _SMOLLM2:
         settings = EditSettings(
             layers=(5, 6, 7, 8, 9),
+            contexts=ContextSettings(templates=FIXED_CONTEXTS[:3]),
             targets=TargetSettings(steps=20, lr=0.5, clamp_norm_factor=0.75, v_weight_decay=0.5),
+            moments=MomentSettings(tokens=20_000),
             solve=SolveSettings(lam=_interpolated(n_facts)),
         )
         return Defaults(settings=settings, source="SmolLM2 135M: measured (benchmarks/sweep.py)")
+    # Some 20 tokens for each input of the rewrite module, which is about four times as wide as the
+    # residual stream: enough for C to be regular and for the score to stay where it is.
+    moments = MomentSettings(tokens=max(MomentSettings().tokens, 80 * text.hidden_size))
     row = next((r for r in _ROWS if (r.model_type, r.blocks, r.hidden) == key), None)
     if row is not None and row.model_type == "llama" and text.vocab_size == _LLAMA_3_VOCABULARY:
         row = _LLAMA_3
@@ -100,12 +112,15 @@ def defaults_for(config: PretrainedConfig, n_facts: int) -> Defaults:
                 clamp_norm_factor=row.clamp,
                 v_weight_decay=row.decay,
             ),
+            moments=moments,
             solve=SolveSettings(lam=row.lam),
         )
         return Defaults(settings=settings, source=f"{row.name}: {row.source}")
     return Defaults(
         settings=EditSettings(
-            layers=_band(text.num_hidden_layers), solve=SolveSettings(lam=15_000)
+            layers=_band(text.num_hidden_layers),
+            moments=moments,
+            solve=SolveSettings(lam=15_000),
         ),
         source=f"no published settings for {' '.join(map(str, key))}; layers by depth, λ 15,000",
         known=False,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -189,7 +190,7 @@ def symmetric_product(keys_TI: Tensor) -> Tensor:
     size = keys_TI.shape[1]
     edges = [size * i // _ROW_BLOCKS for i in range(_ROW_BLOCKS + 1)]
     out_II = keys_TI.new_empty(size, size)
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         out_II[start:end, start:] = keys_TI[:, start:end].T @ keys_TI[:, start:]
         out_II[end:, start:end] = out_II[start:end, end:].T
     return out_II

@@ -27,10 +27,14 @@ class Progress(Protocol):
 class Silent:
     """A receiver that drops everything."""
 
-    def start(self, stage: str, *, total: int | None = None, unit: str = "") -> None: ...
+    def start(self, stage: str, *, total: int | None = None, unit: str = "") -> None:
+        """Nothing."""
 
-    def advance(self, stage: str, done: int = 1, **measures: float) -> None: ...
+    def advance(self, stage: str, done: int = 1, **measures: float) -> None:
+        """Nothing."""
 
-    def finish(self, stage: str) -> None: ...
+    def finish(self, stage: str) -> None:
+        """Nothing."""
 
-    def message(self, text: str) -> None: ...
+    def message(self, text: str) -> None:
+        """Nothing."""

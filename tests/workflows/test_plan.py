@@ -67,7 +67,8 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
 
 def plan(model: Path, facts: Path, **fields: Any) -> Any:
     cache = facts.parent / "cache"
-    job = PlanJob(model=str(model), facts=facts, cache=cache, device="cpu", matrix_gflops=RATE / 1e9, **fields)
+    fields |= {"cache": cache, "device": "cpu", "matrix_gflops": RATE / 1e9}
+    job = PlanJob(model=str(model), facts=facts, **fields)
     return run_plan(job, Silent())
 
 
