@@ -1,14 +1,15 @@
 """Finished work that a later run can use: second moments and z vectors, by what made them.
 
 The name of a file is the digest of every input that changes its content, so nothing stale is ever
-read. Files appear whole, by renaming. Knows a local folder; does not know how its content is made.
+read. Files appear whole, by renaming; one that is damaged all the same counts as not kept. Knows a
+local folder; does not know how its content is made.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -71,7 +72,10 @@ class Artifacts:
     def moment(self, digest: str) -> SecondMoment | None:
         """A second moment, if it was kept."""
         path = self._path("moments", digest)
-        return load_moment(path)[0] if path.exists() else None
+        try:
+            return load_moment(path)[0] if path.exists() else None
+        except InputError:
+            return None
 
     def keep_moment(self, digest: str, moment: SecondMoment) -> None:
         """Keep a second moment under its digest."""
@@ -89,8 +93,8 @@ class Artifacts:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads((file.metadata() or {})["target"])
                 z_O = file.get_tensor("z_O")
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise InputError(f"not a z vector: {error}", source=path) from error
+        except (SafetensorError, OSError, KeyError, ValueError):
+            return None
         losses = tuple(facts.pop("losses"))
         return Target(case_id=case_id, z_O=z_O, losses=losses, **facts)
 
@@ -113,8 +117,11 @@ class Artifacts:
         path = self._path("windows", digest)
         if not path.exists():
             return None
-        with safe_open(path, framework="pt") as file:
-            ids: list[list[int]] = file.get_tensor("ids_BT").tolist()
+        try:
+            with safe_open(path, framework="pt") as file:
+                ids: list[list[int]] = file.get_tensor("ids_BT").tolist()
+        except (SafetensorError, OSError):
+            return None
         return ids
 
     def keep_windows(self, digest: str, windows: Sequence[Sequence[int]]) -> None:
@@ -129,11 +136,10 @@ class Artifacts:
 def _write(path: Path, write: Callable[[Path], None]) -> None:
     """Let a file appear at once, whatever happens while it is written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    os.close(handle)
+    # Not a temporary file of `tempfile`, which nobody else may read.
+    partial = path.with_name(f"{path.stem}.{secrets.token_hex(8)}.partial")
     try:
-        write(Path(name))
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

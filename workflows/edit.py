@@ -74,6 +74,7 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
         )
         names = {i: base.arch.checkpoint_key(i, base.checkpoint.names) for i in settings.layers}
         base.checkpoint.check_editable(names.values())
+        base.checkpoint.check_finite()
         artifacts = Artifacts(job.cache_folder)
         source = TokenSource(
             corpus=corpus_of(job),

@@ -37,6 +37,7 @@ def run_stats(job: StatsJob, progress: Progress) -> Mapping[str, Any]:
         timed.start("load")
         base = open_base(job, timed)
         settings = settings_of(job, base, 1, timed)
+        base.checkpoint.check_finite()
         artifacts = Artifacts(job.cache_folder)
         source = TokenSource(
             corpus=corpus_of(job),
