@@ -38,8 +38,7 @@ def open_executor(
     if kind == "inline":
         return InlineExecutor(spec, threads=threads)
     address = address or os.environ.get("RAY_ADDRESS") or None
-    if address is None:
-        _shield_local_ray()
+    prepare_ray(local=address is None)
     try:
         from cluster.ray_executor import RayExecutor
     except ImportError as error:
@@ -56,17 +55,22 @@ def open_executor(
     )
 
 
-def _shield_local_ray() -> None:
-    """Close a Ray that this process starts to everybody else; what the user has set stays.
+def prepare_ray(*, local: bool) -> None:
+    """Set what Ray reads from the environment on import and hands on; what is set already stays.
 
-    Ray reads its environment on import and hands it on to its processes, so this comes first.
+    Its own messages are kept off the terminal, where the run's are. A local Ray is closed to
+    everybody else: it asks for a token and listens on 127.0.0.1 only.
     """
-    if "ray" not in sys.modules:
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    if not local:
+        return
+    if "ray" not in sys.modules:  # otherwise it has made its choice, which holds for all its parts
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-        # In spite of its name it is what makes Ray listen on 127.0.0.1 only.
+        # In spite of its name this is what makes Ray listen on 127.0.0.1.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        # Workers that no actor would use cost memory and start-up time.
+        # Processes that no actor would use cost memory and start-up time.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     if not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
-        # Otherwise Ray writes one into the home folder.
+        # Ray would write one into the home folder.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

@@ -83,28 +83,29 @@ def _slots(machine: Machine, threads: int, gpus: float, memory_bytes: float) -> 
     """How many workers fit on one machine."""
     slots = int(machine.cpus) // threads
     if gpus:
-        # A part of a GPU lies on one GPU; the epsilon is for parts such as 0.1.
-        slots = min(
-            slots,
-            int(machine.gpus) * int(1 / gpus + 1e-9) if gpus < 1 else int(machine.gpus // gpus),
-        )
+        slots = min(slots, _gpu_slots(machine, gpus))
     if memory_bytes and math.isfinite(machine.memory_bytes):
         slots = min(slots, int(machine.memory_bytes // memory_bytes))
     return slots
 
 
-def _too_small(
-    machines: Sequence[Machine], workers: int, threads: int, gpus: float
-) -> InputError:
+def _gpu_slots(machine: Machine, gpus: float) -> int:
+    """How many shares of GPUs a machine has; a part of a GPU lies on one GPU."""
+    if gpus < 1:
+        return int(machine.gpus) * int(1 / gpus + 1e-9)  # 1 / 0.1 may come out below 10
+    return int(machine.gpus // gpus)
+
+
+def _too_small(machines: Sequence[Machine], workers: int, threads: int, gpus: float) -> InputError:
     """Say what is short: the GPUs, or else the CPUs."""
-    name, field, each, held = "CPUs", "workers", float(threads), [m.cpus for m in machines]
-    if gpus and sum(_slots(m, 1, gpus, 0.0) for m in machines) < workers:
-        short = [m.gpus for m in machines]
-        if sum(int(h // gpus) for h in short) < workers:
-            name, field, each, held = "GPUs", "gpus_per_worker", gpus, short
+    if gpus and sum(_gpu_slots(machine, gpus) for machine in machines) < workers:
+        name, each, held = "GPU", gpus, [machine.gpus for machine in machines]
+    else:
+        name, each, held = "CPU", float(threads), [machine.cpus for machine in machines]
+    wanted = f"{workers} worker{'s' * (workers > 1)} with {each:g} {name}{'s' * (each != 1)} each"
+    spread = f" ({' + '.join(f'{h:g}' for h in held)})" if len(held) > 1 else ""
     return InputError(
-        f"{workers} worker{'s' * (workers > 1)} with {each:g} {name} each need"
-        f"{'s' * (workers == 1)} {workers * each:g} {name}, and the cluster has {sum(held):g}"
-        f" (the largest machine {max(held, default=0):g}); ask for less, or add machines",
-        field=field,
+        f"{wanted} were asked for, {workers * each:g} {name}s in all, and the cluster has "
+        f"{sum(held):g}{spread}; ask for fewer, or add machines",
+        field="gpus_per_worker" if name == "GPU" else "workers",
     )

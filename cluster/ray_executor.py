@@ -47,38 +47,42 @@ class Seat:
 
 
 class _Actor:
-    """A `Worker` in a Ray process of its own; its generators come back as lists."""
+    """A `Worker` in a Ray process of its own."""
 
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
+        self._node: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._worker: Worker | None = None
 
     def seat(self) -> Seat:
-        node = ray.util.get_node_ip_address()
-        return Seat(node=node, pid=os.getpid(), version=memedit.__version__)
+        return Seat(node=self._node, pid=os.getpid(), version=memedit.__version__)
 
     def open(self, spec: ModelSpec) -> None:
         self._worker = Worker(self._here(spec), threads=self._placement.threads)
 
-    def call(self, method: str, *arguments: Any) -> list[Any]:
+    def stream(self, method: str, *arguments: Any) -> Iterator[Any]:
         given = (self._here(a) if isinstance(a, ModelSpec) else a for a in arguments)
-        return list(getattr(self._worker, method)(*given))
+        # Not `yield from`: Ray resumes with a value, which a plain iterator behind it cannot take.
+        for item in getattr(self._worker, method)(*given):  # noqa: UP028
+            yield item
+
+    def collect(self, method: str, *arguments: Any) -> list[Any]:
+        return list(self.stream(method, *arguments))
 
     def _here(self, spec: ModelSpec) -> ModelSpec:
         """The same model for this process, which sees other GPUs and perhaps other folders."""
-        node = ray.util.get_node_ip_address()
         if not spec.folder.is_dir():
             raise InputError(
-                f"the worker on {node} sees no such folder; put it where every machine of the "
-                "cluster finds it under the same path",
+                f"the worker on {self._node} sees no such folder; put it where every machine of "
+                "the cluster finds it under the same path",
                 source=spec.folder,
             )
         if spec.device == "cpu":
             return spec
         if not torch.cuda.is_available():
             raise InputError(
-                f"torch {torch.__version__} on {node} sees no GPU there, though the cluster lends "
-                "one; install a CUDA build of torch on it, or use the device cpu",
+                f"torch {torch.__version__} on {self._node} sees no GPU there, though the cluster "
+                "lends one; install a CUDA build of torch on it, or use the device cpu",
                 field="device",
             )
         # Ray shows a process only the GPUs it was given.
@@ -125,7 +129,7 @@ class RayExecutor:
         try:
             self._connected = _connect(address)
             placement = place(
-                _machines(local=address is None),
+                _machines(ours=self._connected and address is None),
                 workers=workers,
                 gpus_per_worker=gpus_per_worker,
                 threads=threads,
@@ -133,7 +137,7 @@ class RayExecutor:
             )
             self.n_workers = placement.workers
             self._start(placement, start_timeout_s)
-            self._collect([actor.open.remote(spec) for actor in self._actors])
+            self._gather([actor.open.remote(spec) for actor in self._actors])
         except BaseException:
             self.close()
             raise
@@ -141,7 +145,7 @@ class RayExecutor:
     def _start(self, placement: Placement, timeout_s: float) -> None:
         # Before torch is imported, so that no library makes a larger pool.
         pools = {"OMP_NUM_THREADS": str(placement.threads), "TOKENIZERS_PARALLELISM": "false"}
-        make = ray.remote(_Actor).options(  # type: ignore[attr-defined]
+        make = ray.remote(_Actor).options(
             num_cpus=placement.threads,
             num_gpus=placement.gpus,
             max_restarts=0,
@@ -152,14 +156,14 @@ class RayExecutor:
         calls = [actor.seat.remote() for actor in self._actors]
         _, waiting = ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
         if waiting:
-            free = ray.available_resources()
+            free = ray.available_resources()  # type: ignore[no-untyped-call]
             raise MemeditError(
                 f"{len(waiting)} of {len(calls)} workers did not start within {timeout_s:g} s; "
                 f"each needs {placement.threads} CPUs and {placement.gpus:g} GPUs, and "
                 f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free; "
                 "ask for fewer workers, or wait until others have finished"
             )
-        self.seats = tuple(self._collect(calls))
+        self.seats = tuple(self._gather(calls))
         for seat in self.seats:
             if seat.version != memedit.__version__:
                 raise InputError(
@@ -170,7 +174,7 @@ class RayExecutor:
     def map(
         self, method: str, units: Sequence[tuple[Any, ...]], *, sticky: bool = False
     ) -> Iterator[tuple[int, Any]]:
-        """See `Executor.map`; the items of a unit come together, when it is finished."""
+        """See `Executor.map`; items come as they are made (through ray://, unit by unit)."""
         shared = deque(range(len(units)))
         queues = [
             deque(range(worker, len(units), self.n_workers)) if sticky else shared
@@ -185,29 +189,43 @@ class RayExecutor:
             queue = queues[worker]
             while queue and load[worker] < (2 if sticky or len(queue) > self.n_workers else 1):
                 unit = queue.popleft()
-                reference = self._actors[worker].call.remote(method, *units[unit])
-                pending[reference] = (unit, worker)
+                pending[self._call(worker, method, units[unit])] = (unit, worker)
                 load[worker] += 1
 
         for worker in range(self.n_workers):
             submit(worker)
         while pending:
-            (reference,), _ = ray.wait(list(pending), num_returns=1)
-            unit, worker = pending.pop(reference)
-            items = self._result(reference, worker)
-            load[worker] -= 1
-            submit(worker)
-            for item in items:
-                yield unit, item
+            (call,), _ = ray.wait(list(pending), num_returns=1)
+            unit, worker = pending[call]
+            items, more = self._ready(call, worker)
+            if not more:
+                del pending[call]
+                load[worker] -= 1
+                submit(worker)
+            yield from ((unit, item) for item in items)
+
+    def _call(self, worker: int, method: str, unit: tuple[Any, ...]) -> Any:
+        actor = self._actors[worker]
+        if ray.util.client.ray.is_connected():  # type: ignore[no-untyped-call]
+            return actor.collect.remote(method, *unit)  # Ray Client knows no streams
+        return actor.stream.options(num_returns="streaming").remote(method, *unit)
+
+    def _ready(self, call: Any, worker: int) -> tuple[list[Any], bool]:
+        """The items of a call that are there, and whether more may follow."""
+        if not isinstance(call, ray.ObjectRefGenerator):
+            return self._result(call, worker), False
+        reference = next(call, None)
+        return ([], False) if reference is None else ([self._result(reference, worker)], True)
 
     def broadcast(self, method: str, *arguments: Any) -> list[Any]:
         """See `Executor.broadcast`; arguments are put into the object store once."""
         stored = [ray.put(argument) for argument in arguments]
-        calls = [actor.call.remote(method, *stored) for actor in self._actors]
-        return [item for (item,) in self._collect(calls)]
+        calls = [actor.collect.remote(method, *stored) for actor in self._actors]
+        return [item for (item,) in self._gather(calls)]
 
-    def _collect(self, calls: Sequence[Any]) -> list[Any]:
-        """One result from each worker."""
+    def _gather(self, calls: Sequence[Any]) -> list[Any]:
+        """One result from each worker, once all have finished."""
+        ray.wait(list(calls), num_returns=len(calls))
         return [self._result(call, worker) for worker, call in enumerate(calls)]
 
     def _result(self, reference: Any, worker: int) -> Any:
@@ -261,13 +279,19 @@ def _connect(address: str | None) -> bool:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with _sigterm_kept():
         if address is None:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                _node_ip_address="127.0.0.1",
-                **quiet,
-            )
+            try:
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    _node_ip_address="127.0.0.1",
+                    **quiet,
+                )
+            except Exception as error:  # Ray raises a bare Exception when it takes too long
+                raise MemeditError(
+                    f"no local Ray could be started ({_last(str(error))}); run the command again "
+                    "when the machine is less busy, or use the inline executor"
+                ) from error
             return True
         _reach(address)
         try:
@@ -292,9 +316,9 @@ def _reach(address: str) -> None:
     """Check in seconds that something answers as Ray does; Ray itself tries for minutes."""
     if address == "auto":
         return
-    place_ = urlsplit(address if "://" in address else f"//{address}")
+    parts = urlsplit(address if "://" in address else f"//{address}")
     try:
-        host, port = place_.hostname, place_.port
+        host, port = parts.hostname, parts.port
     except ValueError:
         host = port = None
     if not host or not port:
@@ -327,11 +351,12 @@ def _unreachable(address: str, why: str) -> InputError:
     )
 
 
-def _machines(*, local: bool) -> list[Machine]:
+def _machines(*, ours: bool) -> list[Machine]:
     """What the living machines of the cluster hold in all."""
-    held = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    # Ray counts the machine's CPUs; a batch scheduler may have given this process fewer.
-    most = len(os.sched_getaffinity(0)) if local and len(held) == 1 else float("inf")
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    held = [node["Resources"] for node in nodes if node["Alive"]]
+    # A Ray of ours counts the machine's CPUs; a batch scheduler may have given us fewer.
+    most = len(os.sched_getaffinity(0)) if ours else float("inf")
     return [
         Machine(
             cpus=min(resources.get("CPU", 0.0), most),

@@ -1,0 +1,265 @@
+"""The Ray executor on a small local cluster: who gets what, how errors arrive, what ends when.
+
+The cluster belongs to this module, so an executor must not end it; that it ends what it started
+itself is in `tests/integration/test_ray_equals_inline.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cluster.executors import open_executor, prepare_ray
+from cluster.placement import Placement
+from memedit.errors import InputError, MemeditError, NumericalError
+from memedit.executor import InlineExecutor
+from memedit.model import ModelSpec
+from tests.cluster.processes import comes_true
+from tests.tiny import save_tiny
+
+if TYPE_CHECKING:
+    from cluster.ray_executor import RayExecutor
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+WINDOW = [5, 6, 7, 8, 9, 10]
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[Any]:
+    """Four pretended CPUs and two pretended GPUs on this machine."""
+    prepare_ray(local=True)
+    import ray
+
+    before = signal.getsignal(signal.SIGTERM)
+    ray.init(
+        address="local",
+        num_cpus=4,
+        num_gpus=2,
+        include_dashboard=False,
+        object_store_memory=100 << 20,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _node_ip_address="127.0.0.1",
+    )
+    signal.signal(signal.SIGTERM, before)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def broken_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a NaN in a weight of its second block."""
+    folder = tmp_path_factory.mktemp("broken")
+    for path in model.iterdir():
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+            for name in tensors:
+                if "layers.1.mlp.up_proj" in name:
+                    tensors[name][0, 0] = torch.nan
+            save_file(tensors, folder / path.name, metadata={"format": "pt"})
+        else:
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def executor(ray_cluster: Any, model: Path) -> Iterator[RayExecutor]:
+    opened: Any = open_executor("ray", ModelSpec(folder=model), workers=2, threads=1)
+    with opened:
+        yield opened
+    opened.close()  # again does nothing
+    assert ray_cluster.is_initialized()
+    # It is not this executor's cluster, but the actors were its own.
+    assert comes_true(lambda: not any(_runs(seat.pid) for seat in opened.seats), within_s=20)
+
+
+@pytest.fixture
+def fresh(executor: RayExecutor, model: Path) -> RayExecutor:
+    """The executor with an unedited model and no state."""
+    executor.broadcast("load", ModelSpec(folder=model))
+    return executor
+
+
+def _runs(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def test_units_give_what_they_give_inline(fresh: RayExecutor, model: Path) -> None:
+    units = [(1, length, length) for length in range(4, 15)]
+    threads = torch.get_num_threads()
+    try:
+        inline = InlineExecutor(ModelSpec(folder=model), threads=1)
+        expected = dict(inline.map("sample", units))
+    finally:
+        torch.set_num_threads(threads)
+    got = list(fresh.map("sample", units))
+    assert sorted(unit for unit, _ in got) == list(range(len(units)))
+    assert dict(got) == expected
+    assert list(fresh.map("sample", [])) == []
+
+
+def test_all_workers_take_part(fresh: RayExecutor) -> None:
+    list(fresh.map("count", [([WINDOW], (1,), True)] * 20))
+    counted = [moments[1].tokens for moments in fresh.broadcast("take_moments")]
+    assert sum(counted) == 20 * len(WINDOW)
+    assert len(counted) == 2
+    assert all(counted)
+
+
+def test_sticky_units_return_to_their_worker(fresh: RayExecutor) -> None:
+    # Powers of two as token counts: the sum at a worker says which units it had.
+    sizes = [2, 4, 8, 16, 32, 64]
+    units = [([[5] * size], (1,), True) for size in sizes]
+    for _ in range(2):
+        given = dict(fresh.map("count", units, sticky=True))
+        assert [given[unit][0] for unit in range(len(units))] == sizes
+        parts = fresh.broadcast("take_moments")
+        assert [part[1].tokens for part in parts] == [2 + 8 + 32, 4 + 16 + 64]
+
+
+def test_the_pools_of_a_worker_are_as_small_as_its_share(executor: RayExecutor) -> None:
+    for seat in executor.seats:
+        assert b"OMP_NUM_THREADS=1\0" in Path(f"/proc/{seat.pid}/environ").read_bytes()
+
+
+def test_an_error_arrives_as_it_was_raised(
+    fresh: RayExecutor, model: Path, broken_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError) as no_folder:
+        fresh.broadcast("load", ModelSpec(folder=tmp_path / "absent"))
+    assert type(no_folder.value) is InputError
+    assert no_folder.value.source == tmp_path / "absent"
+    assert "every machine" in no_folder.value.message
+    with pytest.raises(InputError, match="the config could not be read") as no_model:
+        list(fresh.map("load", [(ModelSpec(folder=tmp_path),)] * 3))
+    assert type(no_model.value) is InputError
+    fresh.broadcast("load", ModelSpec(folder=broken_model))
+    with pytest.raises(NumericalError, match="layer 1 are not finite") as not_finite:
+        list(fresh.map("count", [([WINDOW], (1,), True)]))
+    assert type(not_finite.value) is NumericalError
+    with pytest.raises(AttributeError, match="no_such_method") as mistake:
+        fresh.broadcast("no_such_method")
+    assert type(mistake.value) is AttributeError
+    # None of this has hurt the workers.
+    fresh.broadcast("load", ModelSpec(folder=model))
+    assert len(list(fresh.map("count", [([WINDOW], (1,), True)] * 3))) == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "field", "words"),
+    [
+        ({"workers": 3, "gpus_per_worker": 1}, "gpus_per_worker", ["3 GPUs in all", "has 2;"]),
+        ({"workers": 5}, "workers", ["5 CPUs in all", "has 4;"]),
+    ],
+)
+def test_more_than_the_cluster_has_starts_nothing(
+    ray_cluster: Any, model: Path, asked: dict[str, Any], field: str, words: list[str]
+) -> None:
+    free = ray_cluster.available_resources()
+    with pytest.raises(InputError) as caught:
+        open_executor("ray", ModelSpec(folder=model), **asked)
+    assert caught.value.field == field
+    assert all(word in caught.value.message for word in words)
+    assert ray_cluster.available_resources() == free
+
+
+def test_a_gpu_device_without_gpus_is_refused(ray_cluster: Any, model: Path) -> None:
+    with pytest.raises(InputError, match="say how many") as caught:
+        open_executor("ray", ModelSpec(folder=model, device="cuda"))
+    assert caught.value.field == "gpus_per_worker"
+
+
+def test_the_device_of_a_worker(
+    ray_cluster: Any, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cluster.ray_executor import _Actor
+
+    actor = _Actor(Placement(workers=1, threads=1, gpus=1))
+    on_cpu, on_gpu = (ModelSpec(folder=model, device=device) for device in ("cpu", "cuda:3"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert actor._here(on_cpu) == on_cpu
+    assert actor._here(on_gpu) == ModelSpec(folder=model, device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r"on 127\.0\.0\.1 sees no GPU") as caught:
+        actor._here(on_gpu)
+    assert caught.value.field == "device"
+
+
+def test_a_killed_worker_is_reported(ray_cluster: Any, model: Path) -> None:
+    spec = ModelSpec(folder=model)  # on the CPU, though it has a GPU
+    opened: Any = open_executor("ray", spec, workers=1, threads=1, gpus_per_worker=1)
+    with opened as executor, pytest.raises(MemeditError) as caught:
+        for done, _ in enumerate(executor.map("count", [([WINDOW], (1,), True)] * 1000)):
+            if done == 3:
+                os.kill(executor.seats[0].pid, signal.SIGKILL)
+    assert type(caught.value) is MemeditError
+    assert caught.value.exit_code == 1
+    message = str(caught.value)
+    assert f"worker 1 of 1 (process {executor.seats[0].pid} on 127.0.0.1) died" in message
+    assert "run the same command again" in message
+    assert "\n" not in message
+
+
+DRIVER = """
+import signal, sys
+from pathlib import Path
+from cluster.executors import open_executor
+from memedit.model import ModelSpec
+
+def stop(number, frame):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGTERM, stop)
+spec = ModelSpec(folder=Path(sys.argv[1]))
+with open_executor("ray", spec, address=sys.argv[2], workers=1, threads=1) as executor:
+    try:
+        print(executor.seats[0].pid, flush=True)
+        while True:
+            list(executor.map("count", [([[5] * 200], (1,), True)] * 50))
+    except KeyboardInterrupt:
+        print("once", flush=True)
+    try:
+        while True:
+            list(executor.map("count", [([[5] * 200], (1,), True)] * 50))
+    except KeyboardInterrupt:
+        print("twice", flush=True)
+"""
+
+
+def test_signals_end_the_work_and_closing_ends_the_actors(ray_cluster: Any, model: Path) -> None:
+    address = ray_cluster.get_runtime_context().gcs_address
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(model), address],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    try:
+        assert driver.stdout is not None
+        worker = int(driver.stdout.readline())
+        assert _runs(worker)
+        driver.send_signal(signal.SIGTERM)
+        assert driver.stdout.readline() == "once\n"
+        driver.send_signal(signal.SIGINT)
+        said, _ = driver.communicate(timeout=60)
+    finally:
+        driver.kill()
+    assert said == "twice\n"
+    assert driver.returncode == 0
+    assert comes_true(lambda: not _runs(worker), within_s=20)
+    # It was connected to a cluster that it had not started.
+    assert [node["Alive"] for node in ray_cluster.nodes()] == [True]
