@@ -54,7 +54,7 @@ from memedit.moments import SecondMoment
 from memedit.progress import Silent
 from memedit.prompts import EncodedRequest, encode_request
 from memedit.requests import EditRequest
-from memedit.targets import Target
+from memedit.targets import Target, width
 from tests.plain import plain_edit, plain_moments, plain_target
 from workflows.models import resolve_model
 
@@ -191,7 +191,7 @@ def find_all_targets(
 ) -> dict[str, Any]:
     """Z of all facts by every side; how far memedit's are from the plain ones."""
     # In the order in which memedit itself cuts facts into units.
-    order = sorted(range(len(plain.encoded)), key=lambda i: len(plain.encoded[i].kl.ids))
+    order = sorted(range(len(plain.encoded)), key=lambda i: -width(plain.encoded[i]))
     cut = sliced(order, slices, unit=FACTS_PER_UNIT)
     chosen = set(spread(order, plain_facts) if plain_facts else order)
 
