@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -57,10 +57,23 @@ def target_digest(
     settings: TargetSettings,
     layer: int,
     dtype: str,
+    architecture: Mapping[str, str],
 ) -> str:
-    """Identity of one fact's z vector; the size of a batch is not part of it."""
+    """Identity of one fact's z vector; the size of a batch is not part of it.
+
+    `architecture` is what the job sets of where the model keeps things.
+    """
     chosen = asdict(replace(settings, tokens_per_batch=None))
-    return digest_of(_TARGETS_VERSION, model, request.digest, list(contexts), chosen, layer, dtype)
+    return digest_of(
+        _TARGETS_VERSION,
+        model,
+        request.digest,
+        list(contexts),
+        chosen,
+        layer,
+        dtype,
+        dict(architecture),
+    )
 
 
 class Artifacts:

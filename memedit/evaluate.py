@@ -11,6 +11,7 @@ Knows facts and metrics. Does not know how forward passes are batched (`memedit.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from statistics import fmean, harmonic_mean
@@ -23,7 +24,7 @@ from memedit.generate import greedy_continuations
 from memedit.outcome import METRIC_KEYS, Evaluation, FactResult
 from memedit.progress import Progress, Silent
 from memedit.prompts import encode_completion
-from memedit.requests import EditRequest
+from memedit.requests import EditRequest, whole_word
 from memedit.scoring import Completion, CompletionScore, perplexity, score_completions
 from memedit.side_effects import (
     DriftReference,
@@ -188,12 +189,17 @@ def _judge(
 
 
 def says(continuation: str, target: str) -> bool:
-    """Whether a continuation contains a target; case, white space and Unicode form do not count."""
+    """Whether a continuation contains a target as whole words.
+
+    Case, white space and Unicode form do not count; "Romeo" does not say "Rome".
+    """
 
     def plain(text: str) -> str:
         return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
-    return plain(target) in plain(continuation)
+    text, wanted = plain(continuation), plain(target)
+    found = [m.start() for m in re.finditer(re.escape(wanted), text)]
+    return any(whole_word(text, start, start + len(wanted)) for start in found)
 
 
 def summarise(facts: Sequence[FactResult]) -> dict[str, float | None]:

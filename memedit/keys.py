@@ -68,7 +68,7 @@ class KeyPass:
         prefixed = [text for r in requests for text in r.contexts[1:]]
         self._bare = self._chunks([t.ids[: t.subject_last + 1] for t in bare])
         self._prefixed = self._chunks([t.ids[: t.subject_last + 1] for t in prefixed])
-        self._entry = 0
+        self.entry = 0
 
     def _chunks(self, texts: Sequence[Sequence[int]]) -> list[_Chunk]:
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -126,20 +126,20 @@ class KeyPass:
 
     def _advance(self, layer: int) -> None:
         """Move every text's state to the entry of `layer`."""
-        if layer < self._entry:
-            raise ValueError(f"layer {layer} is below layer {self._entry}, which was passed")
-        if layer == self._entry:
+        if layer < self.entry:
+            raise ValueError(f"layer {layer} is below layer {self.entry}, which was passed")
+        if layer == self.entry:
             return
         for chunk in (*self._bare, *self._prefixed):
             chunk.hidden_BTO = run_to_block(
                 self.model,
                 self.arch,
                 chunk.rows,
-                first=self._entry,
+                first=self.entry,
                 last=layer - 1,
                 hidden_BTO=chunk.hidden_BTO,
             )
-        self._entry = layer
+        self.entry = layer
 
 
 def _scatter(out: Tensor | None, texts: int, chunk: _Chunk, states_BTX: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -121,10 +122,23 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         config = truncated(config, spec.until_layer + 1)
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                spec.folder, config=config, dtype=DTYPES[spec.dtype], use_safetensors=True
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                spec.folder,
+                config=config,
+                dtype=DTYPES[spec.dtype],
+                use_safetensors=True,
+                output_loading_info=True,
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise InputError(f"the model could not be loaded: {error}", source=spec.folder) from error
+    model, report = loaded
+    # transformers would fill them with random numbers, and say so in a log only.
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"the checkpoint lacks {len(missing)} of the model's tensors, {missing[0]!r} for one",
+            source=spec.folder,
+        )
     model.eval().to(spec.device)
     return LoadedModel(model=model, tokenizer=load_tokenizer(spec.folder), known_arch=arch)

@@ -261,7 +261,7 @@ def as_template(prompt: str, subject: str, *, field: str) -> tuple[str, str]:
         found = [
             (match.start(), match.start() + len(match[1]))
             for match in re.finditer(f"(?=({re.escape(subject)}))", prompt, flags)
-            if _whole_word(prompt, match.start(), match.start() + len(match[1]))
+            if whole_word(prompt, match.start(), match.start() + len(match[1]))
         ]
         if len(found) == 1:
             start, end = found[0]
@@ -279,7 +279,7 @@ def as_template(prompt: str, subject: str, *, field: str) -> tuple[str, str]:
     )
 
 
-def _whole_word(text: str, start: int, end: int) -> bool:
+def whole_word(text: str, start: int, end: int) -> bool:
     """Whether no word runs over an edge of text[start:end], in scripts that separate words."""
 
     def joined(position: int) -> bool:

@@ -1,12 +1,14 @@
 """The stages of an edit: statistics, z vectors, layer updates, evaluation.
 
 Each cuts its work into units, hands them to an executor and puts the results together, so one
-process and a cluster run the same code. Units and the order in which sums are taken depend on the
-input only, not on the workers. Knows the method's order of steps; does not know files.
+process and a cluster run the same code. Units depend on the input only, not on the workers; sums
+over tokens are taken in float64 in the order in which workers finish. Knows the method's order of
+steps; does not know files.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +26,13 @@ from memedit.prompts import EncodedRequest
 from memedit.requests import EditRequest
 from memedit.side_effects import DriftReference
 from memedit.solve import LayerProblem, MomentFactor, Update
-from memedit.targets import Target, width
+from memedit.targets import Target, default_tokens_per_batch, positions, width
 
 _TOKENS_PER_COUNT = 2048
 _COUNTS_PER_ROUND = 8
 """Convergence is looked at after this many batches, whoever counted them."""
-_FACTS_PER_TARGET_UNIT = 32
-_FACTS_PER_KEY_UNIT = 512
+_BATCHES_PER_UNIT = 2
+_FACTS_PER_KEY_UNIT = 64
 _FACTS_PER_SCORE_UNIT = 64
 
 
@@ -61,11 +63,17 @@ def collect_moments(
     spreads: dict[int, Spread] = {}
     step = _COUNTS_PER_ROUND if settings.tolerance > 0 else max(1, len(units))
     for start in range(0, len(units), step):
-        for _, (tokens, parts) in executor.map("count", units[start : start + step]):
-            for layer, part in parts.items():
+        counted: dict[int, dict[int, Spread]] = {}
+        # Sticky, and merged by index: the same sums whenever the number of workers is the same.
+        round_of = executor.map("count", units[start : start + step], sticky=True)
+        for index, (tokens, counted[index]) in round_of:
+            known = [spread.error for spread in spreads.values()]
+            progress.advance("stats", tokens, **({"error": max(known)} if known else {}))
+        for index in sorted(counted):
+            for layer, part in counted[index].items():
                 spreads[layer] = spreads[layer].merge(part) if layer in spreads else part
-            error = max(spread.error for spread in spreads.values())
-            progress.advance("stats", tokens, error=error)
+        error = max(spread.error for spread in spreads.values())
+        progress.advance("stats", 0, error=error)
         if error < settings.tolerance:
             break
     moments: dict[int, SecondMoment] = {}
@@ -113,14 +121,29 @@ def find_targets(
         progress.advance("targets", len(found))
     # Facts of similar length share a unit, and so a batch.
     missing = sorted((r for r in requests if _id(r) not in found), key=width, reverse=True)
-    size = _FACTS_PER_TARGET_UNIT
-    units = [(missing[i : i + size], layer, settings) for i in range(0, len(missing), size)]
+    units = [(unit, layer, settings) for unit in _target_units(missing, settings)]
     for _, target in executor.map("targets", units):
         found[target.case_id] = target
         keep(target)
         progress.advance("targets", 1, loss=target.losses[-1])
     progress.finish("targets")
     return [found[_id(r)] for r in requests]
+
+
+def _target_units(
+    requests: Sequence[EncodedRequest], settings: TargetSettings
+) -> list[list[EncodedRequest]]:
+    """Units of a few batches each, by tokens: a batch is refilled within its unit only."""
+    batch = settings.tokens_per_batch or default_tokens_per_batch(torch.device("cpu"))
+    units: list[list[EncodedRequest]] = []
+    used = math.inf
+    for request in requests:
+        if used >= batch * _BATCHES_PER_UNIT:
+            units.append([])
+            used = 0
+        units[-1].append(request)
+        used += positions(request)
+    return units
 
 
 def _id(request: EncodedRequest) -> str:

@@ -147,10 +147,10 @@ def optimise_targets(
             used = sum(fact.tokens for fact in active)
             if waiting and used <= budget // 2:
                 taken = [waiting.popleft()]
-                used += _tokens(taken[0])
-                while waiting and used + _tokens(waiting[0]) <= budget:
+                used += positions(taken[0])
+                while waiting and used + positions(waiting[0]) <= budget:
                     taken.append(waiting.popleft())
-                    used += _tokens(taken[-1])
+                    used += positions(taken[-1])
                 active += _prepare(model, arch, taken, layer, shared)
             with skipped_blocks(model, arch, layer + 1) as entry:
                 batch = _Batch(model, arch, active, entry, layer)
@@ -166,7 +166,7 @@ def width(request: EncodedRequest) -> int:
     return longest + len(request.target_ids) - 1
 
 
-def _tokens(request: EncodedRequest) -> int:
+def positions(request: EncodedRequest) -> int:
     """Positions that a fact takes in a batch, one row a context."""
     return len(request.contexts) * width(request)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,7 +77,8 @@ class Worker:
     def take_moments(self) -> Iterator[dict[int, SecondMoment]]:
         """Hand over what was counted and forget it."""
         accumulator, self._accumulator = self._accumulator, None
-        yield accumulator.moments if accumulator is not None else {}
+        moments = accumulator.moments if accumulator is not None else {}
+        yield {layer: replace(m, sum_II=m.sum_II.cpu()) for layer, m in moments.items()}
 
     def targets(
         self, requests: Sequence[EncodedRequest], layer: int, settings: TargetSettings
@@ -88,7 +91,7 @@ class Worker:
         self, unit: int, requests: Sequence[EncodedRequest], layer: int, last_layer: int
     ) -> Iterator[Keys]:
         """Keys and current values of a unit of facts; layers must be asked for in order."""
-        if unit not in self._passes:
+        if unit not in self._passes or self._passes[unit].entry > layer:
             model, arch = self.loaded.model, self.loaded.arch
             self._passes[unit] = KeyPass(model, arch, requests, last_layer=last_layer)
         yield self._passes[unit].at(layer)
@@ -126,6 +129,10 @@ class Worker:
             settings=settings,
         )
 
+    def sees(self, path: Path) -> Iterator[bool]:
+        """Whether a file of the driver's is visible here."""
+        yield path.exists()
+
     def probe(self, layers: tuple[int, ...]) -> Iterator[None]:
         """Check that the rewrite modules' output reaches the residual stream as it is."""
         for layer in layers:
@@ -138,6 +145,6 @@ def add_update(loaded: LoadedModel, update: Update) -> None:
     weight = loaded.arch.rewrite_module(loaded.model, update.layer).weight
     assert isinstance(weight, torch.Tensor)
     oriented_OI: Any = loaded.arch.oriented(weight.data)
-    # Summed in float64, so that what is in memory is what a checkpoint of this dtype will hold.
+    # Summed in float64: the weight is rounded once, to the dtype that is computed in.
     delta_OI = update.delta_OI.to(oriented_OI.device)
     oriented_OI.copy_(oriented_OI.double() + delta_OI)

@@ -6,13 +6,14 @@ Reads top to bottom as the job runs. Nothing is visible at `out` before its last
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 
 from cluster.artifacts import Artifacts, target_digest
 from memedit.checkpoint import Patch, PatchedFiles, write_patched
 from memedit.config import EditSettings
-from memedit.errors import GateError
+from memedit.errors import GateError, InputError
 from memedit.executor import Executor
 from memedit.manifest import MANIFEST_NAME, FactsIdentity, Manifest, ModelIdentity, code_versions
 from memedit.moments import SecondMoment
@@ -87,8 +88,9 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
         batch = table.batch
 
         with open_workers(job, base.spec()) as executor:
-            timed.finish("load")
+            _require_shared(executor, publication.staging)
             executor.broadcast("probe", settings.layers)
+            timed.finish("load")
             moments, moment_digests = given or moments_for(
                 source,
                 base=base,
@@ -107,9 +109,8 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
                 progress=timed,
             )
             contexts = contexts_of(settings, base, executor)
-            table, encoded = encode_facts(
-                table, base.tokenizer, contexts, on_bad_row=job.on_bad_row
-            )
+            if settings.contexts.kind == "sampled":  # not known before the model runs
+                _, encoded = encode_facts(table, base.tokenizer, contexts, on_bad_row="fail")
             targets = _targets(executor, encoded, contexts, base, settings, artifacts, timed)
             solved = solve_layers(
                 executor,
@@ -193,6 +194,7 @@ def _targets(
             settings=settings.targets,
             layer=settings.layers[-1],
             dtype=base.job.dtype,
+            architecture=base.job.architecture,
         )
         for e in encoded
     }
@@ -206,6 +208,21 @@ def _targets(
         keep=lambda target: artifacts.keep_target(digests[target.case_id], target),
         progress=progress,
     )
+
+
+def _require_shared(executor: Executor, staging: Path) -> None:
+    """Check now, not after hours, that workers can load from the folder that is written to."""
+    token = staging / "shared"
+    token.touch()
+    try:
+        if not all(executor.broadcast("sees", token.resolve())):
+            raise InputError(
+                "not every worker sees this folder; publish to one that all machines share",
+                source=staging.parent,
+                field="out",
+            )
+    finally:
+        token.unlink()
 
 
 def _lam(settings: EditSettings) -> float:

@@ -183,8 +183,8 @@ def _check(kind: type[Job], item: Given) -> Any:
     _check_range(value, item, metadata.get("at_least"))
     if metadata.get("location") or isinstance(value, Path):
         return _located(value, item)
-    if name == "run_id" and value is not None and not re.fullmatch(r"\w[\w.-]{0,99}", value):
-        raise item.wrong(f"must be letters, digits, '-', '_' and '.', but it is {value!r}")
+    if name == "run_id" and value is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", value):
+        raise item.wrong(f"must be letters, digits, '-' and '_', but it is {value!r}")
     if name == "gate":
         for text in value:
             try:

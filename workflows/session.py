@@ -30,6 +30,7 @@ from memedit.moments import SecondMoment, load_moment, windows_of
 from memedit.progress import Progress
 from memedit.prompts import BARE, FIXED_CONTEXTS, EncodedRequest, encode, encode_request
 from memedit.stages import collect_moments, once
+from memedit.targets import default_tokens_per_batch
 from workflows.corpora import Corpus, open_corpus
 from workflows.facts import FactTable
 from workflows.models import resolve_model
@@ -39,7 +40,7 @@ _HELDOUT_EVERY = 8
 """One document in so many is kept out of the statistics, for the perplexity."""
 CHARACTERS_PER_TOKEN = 8
 """More than any text needs; how far into a document it is worth reading."""
-_SAMPLED_ROWS = 32
+_SAMPLED_ROWS = 64
 MIN_TOKENS_PER_WIDTH = 2
 """Fewer tokens than this for each input of the rewrite module make C singular or worthless."""
 
@@ -72,21 +73,27 @@ class Base:
 
 
 def device_of_job(job: ModelJob) -> str:
-    """`auto` is a GPU where there is one.
+    """`auto` is a GPU where there is one; on Ray, where the workers ask for one.
 
     Raises:
-        InputError: There is no such device.
+        InputError: There is no such device, or workers ask for GPUs that are not to be used.
     """
+    on_ray = isinstance(job, WorkJob) and job.executor == "ray"
     if job.device == "auto":
+        if isinstance(job, WorkJob) and on_ray:
+            return "cuda" if job.gpus_per_worker else "cpu"
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(job.device).type
     except RuntimeError as error:
         wanted = "write cpu, cuda, cuda:1 or auto"
         raise InputError(f"no device {job.device!r}; {wanted}", field="device") from error
-    # On Ray the GPU is where the workers are.
-    inline = not isinstance(job, WorkJob) or job.executor == "inline"
-    if kind == "cuda" and inline and not torch.cuda.is_available():
+    if isinstance(job, WorkJob) and on_ray and kind == "cpu" and job.gpus_per_worker:
+        raise InputError(
+            "computes on the CPU while the workers ask for GPUs; set one of the two",
+            field="gpus_per_worker",
+        )
+    if kind == "cuda" and not on_ray and not torch.cuda.is_available():
         raise InputError("torch finds no GPU here; write cpu or auto", field="device")
     return job.device
 
@@ -116,7 +123,13 @@ def settings_of(job: WorkJob, base: Base, n_facts: int, progress: Progress) -> E
     settings = job.settings(defaults.settings)
     if not defaults.known:
         progress.message(f"{base.name}: {defaults.source}; look at the report before you trust it")
-    return replace(settings, layers=base.arch.check_layers(settings.layers))
+    batch = settings.targets.tokens_per_batch
+    batch = batch or default_tokens_per_batch(torch.device(base.device))
+    return replace(
+        settings,
+        layers=base.arch.check_layers(settings.layers),
+        targets=replace(settings.targets, tokens_per_batch=batch),
+    )
 
 
 def open_workers(job: WorkJob, spec: ModelSpec) -> Executor:

@@ -40,7 +40,7 @@ sections of `memedit.config` depend on the model's family."""
 AT_LEAST: dict[str, float] = {
     "contexts.sampled_tokens": 1,
     "contexts.seed": 0,
-    "targets.steps": 1,
+    "targets.steps": 2,
     "targets.tokens_per_batch": 1,
     "targets.v_weight_decay": 0,
     "targets.kl_factor": 0,

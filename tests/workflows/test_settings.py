@@ -100,7 +100,7 @@ def test_an_unknown_family_is_described_by_free_names() -> None:
         ("targets: {step: 3}", "targets.step", "did you mean 'steps'"),
         ("targets: {steps: many}", "targets.steps", "integer"),
         ("targets: {steps: true}", "targets.steps", "integer"),
-        ("targets: {steps: 0}", "targets.steps", "at least 1"),
+        ("targets: {steps: 0}", "targets.steps", "at least 2"),
         ("targets: {lr: .nan}", "targets.lr", "finite"),
         ("targets: {lr: 0}", "targets.lr", "above 0"),
         ("targets: 3", "targets", "section"),
