@@ -108,14 +108,14 @@ def test_killed_at_many_moments(
     assert expected and expected != shards(base)
 
     seen = []
-    for point in range(POINTS):
-        # The last point lies where the version has appeared.
-        number = 1 + point * (calls - 1) // (POINTS - 1)
-        folder = tmp_path / str(number)
+    for point in range(POINTS + 1):
+        number = 1 + point * calls // POINTS
+        folder = tmp_path / str(point)
         out, cache = folder / "to" / "out", folder / "cache"
 
-        def die(at: int, number: int = number) -> None:
-            if at == number:
+        def die(at: int, point: int = point, number: int = number, out: Path = out) -> None:
+            # The last point is where the version has just appeared.
+            if out.exists() if point == POINTS else at == number:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         def killed(folder: Path = folder, out: Path = out, cache: Path = cache) -> None:
@@ -136,7 +136,7 @@ def test_killed_at_many_moments(
             assert left_overs(out) == set()
         assert verify(out) == []
         assert shards(out) == expected
-    # Before and after the statistics, between z vectors, and after the version appeared.
+    # Before and after the statistics and the z vectors, and after the version appeared.
     assert {moments for _, _, moments in seen} >= {0, 2}
     assert {z for _, z, _ in seen} >= {0, 3}
     assert {there for there, _, _ in seen} == {False, True}
