@@ -60,7 +60,7 @@ from workflows.models import resolve_model
 
 T = TypeVar("T")
 # Slices are whole units of memedit's own work, so that taking turns costs it nothing.
-FACTS_PER_UNIT = stages._FACTS_PER_TARGET_UNIT
+FACTS_PER_UNIT = 32
 TOKENS_PER_UNIT = stages._TOKENS_PER_COUNT
 
 

@@ -66,9 +66,9 @@ def collect_moments(
         counted: dict[int, dict[int, Spread]] = {}
         # Sticky, and merged by index: the same sums whenever the number of workers is the same.
         round_of = executor.map("count", units[start : start + step], sticky=True)
-        for index, (tokens, counted[index]) in round_of:
-            known = [spread.error for spread in spreads.values()]
-            progress.advance("stats", tokens, **({"error": max(known)} if known else {}))
+        for index, (tokens, parts) in round_of:
+            counted[index] = parts
+            progress.advance("stats", tokens)
         for index in sorted(counted):
             for layer, part in counted[index].items():
                 spreads[layer] = spreads[layer].merge(part) if layer in spreads else part
