@@ -101,6 +101,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"no tokenizer could be loaded: {error}", source=folder) from error
+    last = tokenizer("a")["input_ids"][-1]
+    if last == tokenizer.eos_token_id:
+        raise InputError(
+            "the tokenizer puts an end-of-text token behind every prompt, so nothing can follow it; "
+            "set add_eos_token to false in tokenizer_config.json",
+            source=folder,
+        )
     return tokenizer
 
 

@@ -68,8 +68,11 @@ def encode_completion(
     whole_ids = encode(tokenizer, f"{prompt} {target}")
     if whole_ids[: len(prompt_ids)] == prompt_ids and len(whole_ids) > len(prompt_ids):
         return prompt_ids, whole_ids[len(prompt_ids) :]
-    target_ids = tokenizer(f" {target}", add_special_tokens=False)["input_ids"]
-    return prompt_ids, list(target_ids)
+    # Behind a full stop, so that no tokenizer adds a space of its own to what begins a text.
+    before, whole_ids = encode(tokenizer, "."), encode(tokenizer, f". {target}")
+    if whole_ids[: len(before)] == before:
+        return prompt_ids, whole_ids[len(before) :]
+    return prompt_ids, list(tokenizer(f" {target}", add_special_tokens=False)["input_ids"])
 
 
 def locate_subject(tokenizer: PreTrainedTokenizerBase, template: str, subject: str) -> Located:

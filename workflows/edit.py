@@ -71,7 +71,7 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
         base = open_base(job, timed)
         settings = settings_of(job, base, len(table.requests), timed)
         table, encoded = encode_facts(
-            table, base.tokenizer, contexts_of(settings, base, None), on_bad_row=job.on_bad_row
+            table, base, contexts_of(settings, base, None), on_bad_row=job.on_bad_row
         )
         names = {i: base.arch.checkpoint_key(i, base.checkpoint.names) for i in settings.layers}
         base.checkpoint.check_editable(names.values())
@@ -99,7 +99,7 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
                 artifacts=artifacts,
                 progress=timed,
             )
-            heldout = source.heldout(executor)
+            heldout = source.heldout(executor, timed)
             before, reference = judge(
                 executor,
                 batch.requests,
@@ -110,7 +110,7 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
             )
             contexts = contexts_of(settings, base, executor)
             if settings.contexts.kind == "sampled":  # not known before the model runs
-                _, encoded = encode_facts(table, base.tokenizer, contexts, on_bad_row="fail")
+                _, encoded = encode_facts(table, base, contexts, on_bad_row="fail")
             targets = _targets(executor, encoded, contexts, base, settings, artifacts, timed)
             solved = solve_layers(
                 executor,
@@ -167,7 +167,15 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
             updates=_updates(solved, patched, names, _lam(settings)),
             moments=tuple(_summary(moments[layer]) for layer in settings.layers),
             timings_s=timed.timings_s,
-            settings=asdict(settings) | {"resolved_contexts": list(contexts)},
+            settings=asdict(settings)
+            | {
+                "resolved_contexts": list(contexts),
+                "evaluation": asdict(job.evaluation_settings),
+                "corpus": {"name": str(job.stats or source.corpus.spec), "digest": source.digest},
+                "dtype": job.dtype,
+                "device": base.device,
+                "architecture": dict(job.architecture),
+            },
             versions=code_versions(),
             report=str(job.out / REPORT_NAME),
         )

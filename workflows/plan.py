@@ -90,7 +90,7 @@ def run_plan(job: PlanJob, progress: Progress) -> Mapping[str, Any]:
     base, absent = _open_base(job, progress)
     settings = settings_of(job, base, len(table.requests), progress)
     contexts = _contexts(settings, base)
-    table, encoded = encode_facts(table, base.tokenizer, contexts, on_bad_row=job.on_bad_row)
+    table, encoded = encode_facts(table, base, contexts, on_bad_row=job.on_bad_row)
     names = [base.arch.checkpoint_key(i, base.checkpoint.names) for i in settings.layers]
     if not absent:
         base.checkpoint.check_editable(names)

@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +30,7 @@ from memedit.progress import Progress
 from memedit.prompts import BARE, FIXED_CONTEXTS, EncodedRequest, encode, encode_request
 from memedit.stages import collect_moments, once
 from memedit.targets import default_tokens_per_batch
-from workflows.corpora import Corpus, open_corpus
+from workflows.corpora import Corpus, open_corpus, sample_documents
 from workflows.facts import FactTable
 from workflows.models import resolve_model
 from workflows.settings import ModelJob, WorkJob
@@ -41,6 +40,10 @@ _HELDOUT_EVERY = 8
 CHARACTERS_PER_TOKEN = 8
 """More than any text needs; how far into a document it is worth reading."""
 _SAMPLED_ROWS = 64
+# Rises when the same settings begin to sample other text.
+_SAMPLING_VERSION = 1
+_LEAST_WINDOW = 8
+"""Tokens after the BOS; in shorter windows no token has a context worth counting."""
 MIN_TOKENS_PER_WIDTH = 2
 """Fewer tokens than this for each input of the rewrite module make C singular or worthless."""
 
@@ -145,12 +148,12 @@ def open_workers(job: WorkJob, spec: ModelSpec) -> Executor:
 
 def encode_facts(
     table: FactTable,
-    tokenizer: PreTrainedTokenizerBase,
+    base: Base,
     contexts: Sequence[str],
     *,
     on_bad_row: Literal["fail", "skip"],
 ) -> tuple[FactTable, list[EncodedRequest]]:
-    """Token ids of all facts in canonical order; what the tokenizer cannot place is rejected.
+    """Token ids of all facts in canonical order; what cannot be placed or is too long is rejected.
 
     Raises:
         InputError: A fact was rejected and `on_bad_row` is "fail", or none is left.
@@ -158,13 +161,24 @@ def encode_facts(
     encoded: list[EncodedRequest] = []
     for request in table.batch:
         try:
-            encoded.append(encode_request(tokenizer, request, contexts))
+            one = encode_request(base.tokenizer, request, contexts)
+            _check_length(one, base.config)
+            encoded.append(one)
         except InputError as error:
             table = table.reject(request.case_id, error.message, field=error.field)
     if on_bad_row == "fail":
         table.require_no_rejects()
     table.require_requests()
     return table, encoded
+
+
+def _check_length(encoded: EncodedRequest, config: PretrainedConfig) -> None:
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = max(len(text.ids) for text in encoded.contexts) + len(encoded.target_ids)
+    if limit is not None and longest > limit:
+        raise InputError(
+            f"{longest} tokens with its context and target; the model reads {limit}", field="prompt"
+        )
 
 
 def contexts_of(settings: EditSettings, base: Base, executor: Executor | None) -> tuple[str, ...]:
@@ -195,8 +209,8 @@ def contexts_of(settings: EditSettings, base: Base, executor: Executor | None) -
 class TokenSource:
     """Where the statistics' tokens come from, and what is kept out of them.
 
-    Raises (from its methods):
-        InputError: The corpus is too small.
+    Raises:
+        InputError: The windows do not fit the model; from its methods: the corpus is too small.
     """
 
     corpus: Corpus
@@ -205,11 +219,29 @@ class TokenSource:
     heldout_tokens: int
     artifacts: Artifacts
 
+    def __post_init__(self) -> None:
+        least = len(encode(self.base.tokenizer, "")) + _LEAST_WINDOW
+        config = self.base.config.get_text_config()
+        most = getattr(config, "max_position_embeddings", None) or math.inf
+        if not least <= self.settings.window <= most:
+            upwards = "" if math.isinf(most) else f" and at most {most}, as far as the model reads"
+            raise InputError(
+                f"{self.settings.window} tokens; a window has at least {least}{upwards}",
+                field="moments.window",
+            )
+
     @property
     def digest(self) -> str:
         """Identity of the text; of sampled text, that of what it is sampled from."""
         if self.corpus.kind == "self":
-            return digest_of("self", self.base.checkpoint.digest, self.settings.seed)
+            return digest_of(
+                "self",
+                _SAMPLING_VERSION,
+                self.base.checkpoint.digest,
+                self.settings.seed,
+                torch.device(self.base.device).type,
+                self.base.job.dtype,
+            )
         return self.corpus.digest
 
     def windows(self, executor: Executor, progress: Progress) -> list[list[int]]:
@@ -217,11 +249,9 @@ class TokenSource:
         if self.corpus.kind == "self":
             rows = math.ceil(self.settings.tokens / self.settings.window)
             progress.message(f"Sampling {self.settings.tokens} tokens from the model (corpus self)")
-            windows = self._sample(executor, rows, heldout=False)
+            windows = self._sample(executor, rows, progress, heldout=False)
         else:
-            kept_out = self._heldout_texts()
-            texts = [text for i, text in enumerate(self._texts) if i not in kept_out]
-            windows = self._cut(texts, self.settings.tokens)
+            windows = self._cut(self._texts[0], self.settings.tokens)
         needed = MIN_TOKENS_PER_WIDTH * self.base.arch.input_width(self.base.config)
         found = sum(map(len, windows))
         if found < needed:
@@ -233,55 +263,73 @@ class TokenSource:
             )
         return windows
 
-    def heldout(self, executor: Executor) -> list[list[int]]:
+    def heldout(self, executor: Executor, progress: Progress) -> list[list[int]]:
         """Windows that are not counted, to measure the perplexity on."""
         if not self.heldout_tokens:
             return []
         if self.corpus.kind != "self":
-            kept_out = self._heldout_texts()
-            texts = [text for i, text in enumerate(self._texts) if i in kept_out]
-            return self._cut(texts, self.heldout_tokens)
+            return self._cut(self._texts[1], self.heldout_tokens)
         digest = digest_of("heldout", self.digest, self.settings.window, self.heldout_tokens)
         known = self.artifacts.windows(digest)
         if known is not None:
             return known
         rows = math.ceil(self.heldout_tokens / self.settings.window)
-        windows = self._sample(executor, rows, heldout=True)
+        windows = self._sample(executor, rows, progress, heldout=True)
         self.artifacts.keep_windows(digest, windows)
         return windows
 
-    def _sample(self, executor: Executor, rows: int, *, heldout: bool) -> list[list[int]]:
+    def _sample(
+        self, executor: Executor, rows: int, progress: Progress, *, heldout: bool
+    ) -> list[list[int]]:
         # Held-out text takes the even seeds and counted text the odd ones: they never meet.
         units = []
         for i, start in enumerate(range(0, rows, _SAMPLED_ROWS)):
             size = min(_SAMPLED_ROWS, rows - start)
             seed = (self.settings.seed << 20) + 2 * i + (not heldout)
             units.append((size, self.settings.window, seed))
-        parts = dict(executor.map("sample", units))
+        parts: dict[int, list[list[int]]] = {}
+        progress.start("stats", total=rows, unit="windows")
+        for i, windows in executor.map("sample", units):
+            parts[i] = windows
+            progress.advance("stats", len(windows))
+        progress.finish("stats")
         return [window for i in range(len(units)) for window in parts[i]]
 
     @cached_property
-    def _texts(self) -> list[str]:
-        """The documents worth reading: not more than a few windows of each are ever used.
+    def _texts(self) -> tuple[list[str], list[str]]:
+        """A sample of the corpus in two parts: text to count, and text that is held out.
 
-        Which ones may depend on nothing but the settings of the moments, whose digest stands for
-        the windows that were counted.
+        Both may depend on nothing but the settings of the moments, whose digest stands for the
+        windows that were counted.
         """
-        wanted = math.ceil(self.settings.tokens / self.settings.window)
-        texts = list(islice(self.corpus.documents(), 4 * wanted))
-        each = math.ceil(2 * wanted / len(texts)) + 1
-        return [text[: each * self.settings.window * CHARACTERS_PER_TOKEN] for text in texts]
-
-    def _heldout_texts(self) -> set[int]:
-        count = len(self._texts)
-        return set(range(_HELDOUT_EVERY - 1, count, _HELDOUT_EVERY)) if count > 1 else set()
+        window = self.settings.window
+        tokens = max(self.settings.tokens, 2 * _HELDOUT_EVERY * window)
+        texts = sample_documents(
+            self.corpus.documents(),
+            characters=2 * tokens * CHARACTERS_PER_TOKEN,
+            at_least=window * CHARACTERS_PER_TOKEN,
+            seed=self.settings.seed,
+        )
+        if len(texts) == 1:
+            end = len(texts[0]) - len(texts[0]) // _HELDOUT_EVERY
+            return [texts[0][:end]], [texts[0][end:]]
+        every = min(_HELDOUT_EVERY, len(texts))
+        counted = [text for i, text in enumerate(texts, start=1) if i % every]
+        return counted, texts[every - 1 :: every]
 
     def _cut(self, texts: Sequence[str], tokens: int) -> list[list[int]]:
         tokenizer = self.base.tokenizer
         bos = encode(tokenizer, "")
         documents = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
         window = self.settings.window - len(bos)
-        cut = windows_of(documents, window=window, tokens=tokens, seed=self.settings.seed)
+        end = tokenizer.eos_token_id
+        cut = windows_of(
+            documents,
+            window=window,
+            tokens=tokens,
+            seed=self.settings.seed,
+            separator=tokenizer.bos_token_id if end is None else end,
+        )
         # Each window begins as a text does: the model never saw a first position without its BOS.
         return [[*bos, *ids] for ids in cut]
 
