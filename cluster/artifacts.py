@@ -25,7 +25,7 @@ from memedit.requests import EditRequest
 from memedit.targets import Target
 
 # Rises when the same inputs begin to give other numbers.
-_MOMENTS_VERSION = 1
+_MOMENTS_VERSION = 2
 _TARGETS_VERSION = 1
 
 

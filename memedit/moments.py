@@ -106,24 +106,40 @@ class SecondMoment:
 
 
 def windows_of(
-    documents: Iterable[Sequence[int]], *, window: int, tokens: int, seed: int
+    documents: Iterable[Sequence[int]],
+    *,
+    window: int,
+    tokens: int,
+    seed: int,
+    separator: int | None = None,
 ) -> Iterator[list[int]]:
     """Cut documents (token ids) into windows, spread over the documents, without padding waste.
 
     Round r takes the r-th piece of each document, so that few tokens from many documents come
-    before many from few. Within a round the order is shuffled by `seed`. Pieces shorter than half a
-    window are dropped. Ends after at least `tokens` tokens.
+    before many from few. Within a round the order is shuffled by `seed`. Pieces shorter than a
+    window are joined into full ones, with the token `separator` between them if it is given. What
+    is left of them at the end is dropped if it is shorter than half a window, unless it is all
+    there is. Ends after at least `tokens` tokens.
     """
     generator = torch.Generator().manual_seed(seed)
     pieces = [[list(ids[i : i + window]) for i in range(0, len(ids), window)] for ids in documents]
-    given = 0
-    for turn in range(max((len(p) for p in pieces), default=0)):
+    between = [] if separator is None else [separator]
+    given, turn, joined = 0, 0, list[int]()
+    while pieces := [parts for parts in pieces if len(parts) > turn]:
         for i in torch.randperm(len(pieces), generator=generator).tolist():
-            if turn < len(pieces[i]) and len(pieces[i][turn]) >= window / 2:
-                yield pieces[i][turn]
-                given += len(pieces[i][turn])
-                if given >= tokens:
-                    return
+            piece = pieces[i][turn]
+            if len(piece) < window:
+                joined += [*between, *piece] if joined else piece
+                if len(joined) < window:
+                    continue
+                piece, joined = joined[:window], joined[window:]
+            yield piece
+            given += window
+            if given >= tokens:
+                return
+        turn += 1
+    if len(joined) >= window / 2 or (not given and len(joined) > 1):
+        yield joined
 
 
 class MomentAccumulator:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import heapq
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import Any, Literal
 
 from memedit.errors import InputError
@@ -30,6 +33,9 @@ _KINDS: dict[str, Kind] = {
 _ROWS_PER_BATCH = 64
 _PIECE_SIZE = 1 << 20
 """A text file is handed on in pieces of about this many characters, cut at line ends."""
+MOST_DOCUMENTS = 50_000
+MOST_CHARACTERS = 200_000_000
+"""How far into a corpus a sample of it looks, whichever comes first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +127,41 @@ def open_corpus(spec: str | os.PathLike[str], *, column: str = "text") -> Corpus
     if next(corpus.documents(), None) is None:
         raise InputError("no document with any text in it", source=spec)
     return corpus
+
+
+def sample_documents(
+    documents: Iterable[str], *, characters: int, at_least: int, seed: int
+) -> list[str]:
+    """A sample of a stream of documents, in their order, of at most `characters` characters.
+
+    Long documents are shortened before any is left out, but none to less than `at_least`
+    characters. Those that do not fit even so are left out at random (by `seed`), with equal
+    chances all over the stream. Only the first `MOST_DOCUMENTS` documents, or `MOST_CHARACTERS`
+    characters if that is less, are read: what lies beyond them has no chance. Memory is bounded by
+    `characters` and one document.
+    """
+    random = Random(seed)
+    kept: dict[int, str] = {}
+    queue: list[tuple[float, int]] = []  # the document with the highest draw leaves first
+    longest, total, read, highest = characters, 0, 0, 1.0
+    for i, text in enumerate(islice(documents, MOST_DOCUMENTS)):
+        draw = random.random()
+        if draw < highest:
+            kept[i] = text[:longest]
+            total += len(kept[i])
+            heapq.heappush(queue, (-draw, i))
+        while total > characters and longest > at_least:
+            longest = max(at_least, longest * 3 // 4)
+            kept = {j: known[:longest] for j, known in kept.items()}
+            total = sum(map(len, kept.values()))
+        while total > characters and len(kept) > 1:
+            highest, j = heapq.heappop(queue)
+            highest = -highest
+            total -= len(kept.pop(j))
+        read += len(text)
+        if read >= MOST_CHARACTERS:
+            break
+    return list(kept.values())
 
 
 # --- What a spec means -------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -94,17 +95,30 @@ def test_symmetric_product_is_the_product(width: int, tokens: int) -> None:
     torch.testing.assert_close(symmetric_product(keys), keys.T @ keys, rtol=1e-4, atol=1e-4)
 
 
-@given(st.lists(st.integers(0, 90), max_size=8), st.integers(4, 16), st.integers(1, 200))
-def test_windows_hold_each_token_once_at_most(lengths: list[int], window: int, tokens: int) -> None:
+@given(
+    st.lists(st.integers(0, 90), max_size=8),
+    st.integers(4, 16),
+    st.integers(1, 200),
+    st.sampled_from([None, -1]),
+)
+def test_windows_hold_each_token_once_at_most(
+    lengths: list[int], window: int, tokens: int, separator: int | None
+) -> None:
     documents = [[1000 * d + i for i in range(n)] for d, n in enumerate(lengths)]
-    found = list(windows_of(documents, window=window, tokens=tokens, seed=0))
-    flat = [token for part in found for token in part]
+    found = list(windows_of(documents, window=window, tokens=tokens, seed=0, separator=separator))
+    flat = [token for part in found for token in part if token != -1]
     assert len(flat) == len(set(flat))
-    assert all(window / 2 <= len(part) <= window for part in found)
-    usable = sum(
-        n // window * window + (n % window if n % window >= window / 2 else 0) for n in lengths
-    )
-    assert min(tokens, usable) <= len(flat) < tokens + window
+    assert all(len(part) == window for part in found[:-1])
+    assert all(window / 2 <= len(part) <= window for part in found[1:])
+    given = sum(map(len, found))
+    assert given < tokens + window
+    if given < tokens:  # all is there but less than half a window
+        lost = sum(lengths) - len(flat)
+        assert lost < window / 2 if found else lost < 2
+    for part in found:
+        for before, after in pairwise(part):
+            joined = separator is None and before // 1000 != after // 1000
+            assert -1 in (before, after) or after == before + 1 or joined
 
 
 def test_windows_come_from_all_documents_before_any_gives_two() -> None:

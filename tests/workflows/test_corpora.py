@@ -15,7 +15,7 @@ import pytest
 
 from memedit.errors import InputError
 from workflows import corpora
-from workflows.corpora import Corpus, DatasetName, open_corpus
+from workflows.corpora import Corpus, DatasetName, open_corpus, sample_documents
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
 TEXTS = ["One.", "Zwei.\nZeilen.", "三"]
@@ -291,6 +291,41 @@ class TestDatasets:
         monkeypatch.setattr(builtins, "__import__", without)
         with pytest.raises(InputError, match=r"pip install 'memedit\[datasets\]'"):
             open_corpus("org/set")
+
+
+class TestSample:
+    def test_a_small_corpus_is_taken_whole(self) -> None:
+        assert sample_documents(TEXTS, characters=1000, at_least=10, seed=0) == TEXTS
+
+    def test_long_documents_are_shortened_before_any_is_left_out(self) -> None:
+        texts = [f"{i:02}" * 500 for i in range(20)] + ["short"]
+        found = sample_documents(texts, characters=2000, at_least=50, seed=0)
+        assert len(found) == 21
+        assert all(text.startswith(part) for text, part in zip(texts, found, strict=True))
+        assert found[-1] == "short"
+        assert 1000 < sum(map(len, found)) <= 2000
+
+    def test_the_rest_is_left_out_at_random_all_over_the_stream(self) -> None:
+        texts = [f"{i:04}" * 10 for i in range(1000)]
+        seen = [0, 0, 0, 0]
+        for seed in range(40):
+            found = sample_documents(texts, characters=2000, at_least=20, seed=seed)
+            assert 1900 < sum(map(len, found)) <= 2000
+            assert {len(part) for part in found} == {20}
+            assert found == sorted(found)
+            for part in found:
+                seen[int(part[:4]) // 250] += 1
+        assert sum(seen) == 4000
+        assert all(880 < count < 1120 for count in seen)  # 1000 ± 4.4 deviations
+        same = [sample_documents(texts, characters=2000, at_least=20, seed=7) for _ in range(2)]
+        assert same[0] == same[1] != found
+
+    @pytest.mark.parametrize(("limit", "read"), [("MOST_DOCUMENTS", 100), ("MOST_CHARACTERS", 25)])
+    def test_reading_ends(self, limit: str, read: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(corpora, limit, 100)
+        stream = iter([f"{i:04}" for i in range(1000)])
+        assert len(sample_documents(stream, characters=40, at_least=4, seed=0)) == 10
+        assert next(stream) == f"{read:04}"
 
 
 def test_self_is_a_mark() -> None:

@@ -100,7 +100,8 @@ def test_an_edit_with_them_is_the_edit_that_collects_its_own(
     given = edit(base, facts, tmp_path / "given", tmp_path / "c3", *text, "--stats", folder)
     assert shards(tmp_path / "collected") == shards(tmp_path / "given") != shards(base)
     assert given.result["metrics"] == collected.result["metrics"]
-    assert given.result["timings_s"]["stats"] == 0
+    if kind == "corpus":  # else text is sampled for the perplexity
+        assert given.result["timings_s"]["stats"] == 0
 
 
 def test_which_text_is_counted_does_not_depend_on_what_is_measured(
