@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from memedit.architecture import Architecture, skeleton
 from memedit.prompts import EncodedRequest
 from memedit.solve import factors_are_cheaper
+from memedit.targets import fitting, needs_kl_row
 
 _SKETCH_WIDTH = 32  # of the convergence estimate of the second moments
 _TOKENS_PER_COUNT = 2048  # tokens of one batch of the statistics
@@ -167,7 +168,7 @@ def count_texts(requests: Sequence[EncodedRequest], *, tokens_per_batch: int) ->
     columns = zip(*([*r.contexts, r.kl] for r in requests), strict=True)
     shared = [_common_length([t.ids[: t.subject_last] for t in column]) for column in columns]
     facts = [_rows(request, shared) for request in requests]
-    batches = _batches(facts, len(requests[0].contexts), tokens_per_batch)
+    batches = _batches(facts, tokens_per_batch)
     largest = max(batches, key=lambda b: len(b.rows) * b.after)
     bare = [r.contexts[0].subject_last + 1 for r in requests]
     prefixed = [text.subject_last + 1 for r in requests for text in r.contexts[1:]]
@@ -204,25 +205,25 @@ def _rows(request: EncodedRequest, shared: Sequence[int]) -> list[_Row]:
         )
         for t, s in zip(request.contexts, shared, strict=False)
     ]
-    bare, kl = request.contexts[0], request.kl
-    # The bare prompt answers the KL term where it begins with "{subject} is a" up to the subject.
-    if kl.ids[: kl.subject_last + 1] != bare.ids[: bare.subject_last + 1]:
-        rows.append(_Row(shared=shared[-1], before=kl.subject_last, after=1, reads=0))
+    if needs_kl_row(request):
+        rows.append(_Row(shared=shared[-1], before=request.kl.subject_last, after=1, reads=0))
     return rows
 
 
-def _batches(facts: Sequence[Sequence[_Row]], contexts: int, tokens_per_batch: int) -> list[_Batch]:
+def _batches(facts: Sequence[Sequence[_Row]], tokens_per_batch: int) -> list[_Batch]:
     """Facts as `optimise_targets` takes them together, as long as none of them stops early."""
-    batches: list[list[Sequence[_Row]]] = []
-    used = 0
-    for fact in sorted(facts, key=lambda rows: max(r.after for r in rows), reverse=True):
-        tokens = contexts * max(row.after for row in fact)
-        if not batches or used + tokens > tokens_per_batch:
-            batches.append([])
-            used = 0
-        batches[-1].append(fact)
-        used += tokens
-    return [_Batch(batch) for batch in batches]
+    waiting = sorted(facts, key=_width, reverse=True)
+    batches: list[_Batch] = []
+    while waiting:
+        shapes = ((len(fact), _width(fact)) for fact in waiting)
+        size = fitting(shapes, budget=tokens_per_batch)
+        batches.append(_Batch(waiting[:size]))
+        waiting = waiting[size:]
+    return batches
+
+
+def _width(fact: Sequence[_Row]) -> int:
+    return max(row.after for row in fact)
 
 
 def _common_length(rows: Sequence[Sequence[int]]) -> int:

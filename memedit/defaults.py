@@ -90,7 +90,7 @@ def defaults_for(config: PretrainedConfig, n_facts: int) -> Defaults:
     if key == _SMOLLM2:
         settings = EditSettings(
             layers=(5, 6, 7, 8, 9),
-            contexts=ContextSettings(templates=FIXED_CONTEXTS[:3]),
+            contexts=ContextSettings(templates=tuple(FIXED_CONTEXTS[i] for i in (0, 1, 3))),
             targets=TargetSettings(steps=20, lr=0.5, clamp_norm_factor=0.75, v_weight_decay=0.5),
             moments=MomentSettings(tokens=12_000, window=128),
             solve=SolveSettings(lam=_interpolated(n_facts)),

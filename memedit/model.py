@@ -104,8 +104,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     last = tokenizer("a")["input_ids"][-1]
     if last == tokenizer.eos_token_id:
         raise InputError(
-            "the tokenizer puts an end-of-text token behind every prompt, so nothing can follow it; "
-            "set add_eos_token to false in tokenizer_config.json",
+            "the tokenizer puts an end-of-text token behind every prompt, so nothing can follow "
+            "it; set add_eos_token to false in tokenizer_config.json",
             source=folder,
         )
     return tokenizer

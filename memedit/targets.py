@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, takewhile
@@ -36,10 +36,13 @@ from memedit.segments import (
     skipped_blocks,
 )
 
+# A fact narrower than this share of its batch would be padding for the most part.
+_NARROW = 0.7
+
 
 def default_tokens_per_batch(device: torch.device) -> int:
     """Positions optimised at once where the settings leave it open; a GPU wants thousands."""
-    return 384 if device.type == "cpu" else 8192
+    return 256 if device.type == "cpu" else 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +94,6 @@ class _Fact:
     converged: bool = False
     finished: bool = False
 
-    @property
-    def tokens(self) -> int:
-        """Positions in a batch."""
-        return sum(len(row.suffix_ids) for row in self.rows)
-
     def target(self) -> Target:
         return Target(
             case_id=self.case_id,
@@ -144,14 +142,14 @@ def optimise_targets(
         shared = _SharedContexts(model, arch, requests)
         while waiting or active:
             # Refilling at half keeps a batch large without preparing facts one by one.
-            used = sum(fact.tokens for fact in active)
-            if waiting and used <= budget // 2:
-                taken = [waiting.popleft()]
-                used += positions(taken[0])
-                while waiting and used + positions(waiting[0]) <= budget:
-                    taken.append(waiting.popleft())
-                    used += positions(taken[-1])
-                active += _prepare(model, arch, taken, layer, shared)
+            rows = [row for fact in active for row in fact.rows]
+            widest = max((len(row.suffix_ids) for row in rows), default=0)
+            if waiting and len(rows) * widest <= budget // 2:
+                shapes = ((rows_of(request), width(request)) for request in waiting)
+                joining = fitting(shapes, budget=budget, rows=len(rows), widest=widest)
+                taken = [waiting.popleft() for _ in range(joining)]
+                if taken:
+                    active += _prepare(model, arch, taken, layer, shared)
             with skipped_blocks(model, arch, layer + 1) as entry:
                 batch = _Batch(model, arch, active, entry, layer)
                 while not any(fact.finished for fact in active):
@@ -160,15 +158,53 @@ def optimise_targets(
             active = [fact for fact in active if not fact.finished]
 
 
+def fitting(
+    shapes: Iterable[tuple[int, int]], *, budget: int, rows: int = 0, widest: int = 0
+) -> int:
+    """How many facts may join a batch that has `rows` rows of `widest` positions, padded.
+
+    Args:
+        shapes: Rows and width of the facts that wait, the widest first.
+        budget: Positions that the batch may have, padding counted; a single fact may have more.
+        rows: Rows in the batch already.
+        widest: Their width.
+    """
+    joining = 0
+    for more, wide in shapes:
+        widest = max(widest, wide)
+        # Much narrower facts wait for a batch of their own, unless this one would be small.
+        ragged = wide < _NARROW * widest and rows * widest >= budget / 2
+        if rows and (ragged or (rows + more) * widest > budget):
+            break
+        rows += more
+        joining += 1
+    return joining
+
+
 def width(request: EncodedRequest) -> int:
     """Positions from the subject's last token on, in the widest context."""
     longest = max(len(text.ids) - text.subject_last for text in request.contexts)
     return longest + len(request.target_ids) - 1
 
 
+def rows_of(request: EncodedRequest) -> int:
+    """Rows that a fact takes in a batch: one a context, and mostly one for the KL term."""
+    return len(request.contexts) + needs_kl_row(request)
+
+
+def needs_kl_row(request: EncodedRequest) -> bool:
+    """Whether the KL term is read on a row of its own.
+
+    By causality only the tokens up to the subject matter to it; a prompt that begins like
+    "{subject} is a" has computed the same state already.
+    """
+    bare, kl = request.contexts[0], request.kl
+    return kl.ids[: kl.subject_last + 1] != bare.ids[: bare.subject_last + 1]
+
+
 def positions(request: EncodedRequest) -> int:
-    """Positions that a fact takes in a batch, one row a context."""
-    return len(request.contexts) * width(request)
+    """Positions that a fact takes in a batch."""
+    return rows_of(request) * width(request)
 
 
 class _SharedContexts:
@@ -230,15 +266,12 @@ def _prepare(
             suffixes.append([*text.ids[text.subject_last :], *request.target_ids[:-1]])
             start = len(text.ids) - text.subject_last - 1
             reads.append([(start + i, t, weight) for i, t in enumerate(request.target_ids)])
-        bare, kl = request.contexts[0], request.kl
         kl_row = first
-        # By causality only the tokens up to the subject matter to the KL term; a prompt that
-        # begins like "{subject} is a" has computed it already.
-        if kl.ids[: kl.subject_last + 1] != bare.ids[: bare.subject_last + 1]:
+        if needs_kl_row(request):
             kl_row = len(texts)
-            texts.append(kl)
+            texts.append(request.kl)
             shares.append(-1)
-            suffixes.append([kl.ids[kl.subject_last]])
+            suffixes.append([request.kl.ids[request.kl.subject_last]])
             reads.append([])
         spans.append((first, len(texts), kl_row))
 
