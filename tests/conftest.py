@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+# Ray reads these when it is first imported, whichever test does that: it listens on 127.0.0.1 only
+# (in spite of the name), and asks for a token.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+
 # Tiny models are too small for a second thread, and on a busy machine it only gets in the way.
 torch.set_num_threads(1)
 

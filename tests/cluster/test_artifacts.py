@@ -154,6 +154,7 @@ def a_target_digest(request: EditRequest = REQUEST, **changes: Any) -> str:
         "settings": TargetSettings(),
         "layer": 9,
         "dtype": "float32",
+        "architecture": {},
     }
     return target_digest(request, **arguments | changes)
 
@@ -167,6 +168,7 @@ def a_target_digest(request: EditRequest = REQUEST, **changes: Any) -> str:
         {"settings": TargetSettings(kl_factor=0)},
         {"layer": 8},
         {"dtype": "bfloat16"},
+        {"architecture": {"head": "model.embed_out"}},
     ],
 )
 def test_what_changes_a_z_vector_changes_its_digest(changes: dict[str, Any]) -> None:

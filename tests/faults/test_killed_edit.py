@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from memedit.manifest import verify
 from memedit.worker import Worker
@@ -85,6 +86,17 @@ def left_overs(out: Path) -> set[str]:
     return {p.name for p in out.parent.iterdir()} - {"out"}
 
 
+def same_weights(folder: Path, expected: Path) -> None:
+    """The same tensors but for the last bits, which depend on the batch of a z vector."""
+    names = sorted(path.name for path in expected.glob("*.safetensors"))
+    assert names and names == sorted(path.name for path in folder.glob("*.safetensors"))
+    for name in names:
+        tensors, wanted = load_file(folder / name), load_file(expected / name)
+        assert tensors.keys() == wanted.keys()
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(tensor, wanted[key], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_killed_at_many_moments(
     base: Path, facts: Path, tmp_path: Path, computed: dict[str, int]
@@ -104,8 +116,8 @@ def test_killed_at_many_moments(
     os.close(writer)
     calls = len(os.read(reader, 1 << 16))
     assert calls > 4 * POINTS
-    expected = shards(tmp_path / "whole" / "to" / "out")
-    assert expected and expected != shards(base)
+    whole_out = tmp_path / "whole" / "to" / "out"
+    assert shards(whole_out) != shards(base)
 
     seen = []
     for point in range(POINTS + 1):
@@ -135,7 +147,7 @@ def test_killed_at_many_moments(
             assert (computed["count"] == 0) == (moments == 2)
             assert left_overs(out) == set()
         assert verify(out) == []
-        assert shards(out) == expected
+        same_weights(out, whole_out)
     # Before and after the statistics and the z vectors, and after the version appeared.
     assert {moments for _, _, moments in seen} >= {0, 2}
     assert {z for _, z, _ in seen} >= {0, 3}

@@ -66,7 +66,7 @@ def small_units() -> Iterator[None]:
     """Several units for each worker, though the facts are few."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "_TOKENS_PER_COUNT", 256)
-        patch.setattr(stages, "_FACTS_PER_TARGET_UNIT", 3)
+        patch.setattr(stages, "_BATCHES_PER_UNIT", 0.1)
         patch.setattr(stages, "_FACTS_PER_KEY_UNIT", 5)
         patch.setattr(stages, "_FACTS_PER_SCORE_UNIT", 5)
         yield
