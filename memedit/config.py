@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 
@@ -116,5 +116,4 @@ __all__ = [
     "SolveSettings",
     "TargetSettings",
     "digest_of",
-    "replace",
 ]

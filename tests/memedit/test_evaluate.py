@@ -127,6 +127,8 @@ def test_score_is_missing_with_a_part_and_zero_with_a_zero() -> None:
         (" New\n  York City", "New York", True),
         (" Cafe\u0301 de Paris", "café", True),
         (" Ro me", "Rome", False),
+        (" Romeo and Juliet", "Rome", False),
+        (" Romeo went to Rome.", "Rome", True),
         (" Paris", "Rome", False),
         ("", "Rome", False),
     ],
