@@ -74,9 +74,9 @@ _LLAMA_3 = _Row(
 _LLAMA_3_VOCABULARY = 128_256
 
 _SMOLLM2 = ("llama", 30, 576)
-# λ against the number of facts, a power law in between. Swept at 10 facts, where 200 to 800 score the
-# same, and at 100 (benchmarks/results/sweep.md); that larger sets want more is an earlier finding for
-# 250 to 600 facts, and the value at 1,000 was not measured.
+# λ against the number of facts, a power law in between. Swept at 10 facts, where 200 to 800 score
+# the same, and at 100 (benchmarks/results/sweep.md). That larger sets want more is an earlier
+# finding for 250 to 600 facts; the value at 1,000 was not measured.
 _SMOLLM2_LAM = ((10, 150.0), (100, 400.0), (1000, 1500.0))
 
 
