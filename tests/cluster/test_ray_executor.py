@@ -236,12 +236,14 @@ with open_executor("ray", spec, address=sys.argv[2], workers=1, threads=1) as ex
         while True:
             list(executor.map("count", [([[5] * 200], (1,), True)] * 50))
     except KeyboardInterrupt:
-        print("once", flush=True)
+        pass
     try:
+        print("once", flush=True)  # inside, for the next signal may come as soon as it is read
         while True:
             list(executor.map("count", [([[5] * 200], (1,), True)] * 50))
     except KeyboardInterrupt:
-        print("twice", flush=True)
+        pass
+print("twice", flush=True)
 """
 
 
