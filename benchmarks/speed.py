@@ -60,7 +60,6 @@ from workflows.models import resolve_model
 
 T = TypeVar("T")
 # Slices are whole units of memedit's own work, so that taking turns costs it nothing.
-FACTS_PER_UNIT = 32
 TOKENS_PER_UNIT = stages._TOKENS_PER_COUNT
 
 
@@ -190,16 +189,14 @@ def find_all_targets(
     slices: int,
 ) -> dict[str, Any]:
     """Z of all facts by every side; how far memedit's are from the plain ones."""
-    # In the order in which memedit itself cuts facts into units.
-    order = sorted(range(len(plain.encoded)), key=lambda i: -width(plain.encoded[i]))
-    cut = sliced(order, slices, unit=FACTS_PER_UNIT)
-    chosen = set(spread(order, plain_facts) if plain_facts else order)
+    # Widest first, as memedit takes them, so that every turn has its share of each width.
+    order = sorted(plain.encoded, key=width, reverse=True)
+    chosen = spread(order, plain_facts) if plain_facts else order
+    plain_slices = sliced(chosen, slices, unit=1)
 
     def plain_turn(turn: int) -> None:
-        for place in cut[turn]:
-            if place not in chosen:
-                continue
-            request = plain.encoded[place].request
+        for encoded in plain_slices[turn]:
+            request = encoded.request
             with plain.timed("targets"):
                 plain.zs[request.case_id] = plain_target(
                     base.model,
@@ -211,13 +208,16 @@ def find_all_targets(
                 )
 
     def fast_turn(side: Side) -> Callable[[int], None]:
+        units = stages.target_units(side.encoded, side.settings.targets)
+        cut = sliced(units, slices, unit=1)
+
         def run(turn: int) -> None:
             if not cut[turn]:
                 return
             with side.timed("targets"):
                 found = stages.find_targets(
                     executor,
-                    [side.encoded[place] for place in cut[turn]],
+                    [encoded for unit in cut[turn] for encoded in unit],
                     layer=max(side.settings.layers),
                     settings=side.settings.targets,
                     known={},

@@ -8,7 +8,6 @@ steps; does not know files.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from memedit.prompts import EncodedRequest
 from memedit.requests import EditRequest
 from memedit.side_effects import DriftReference
 from memedit.solve import LayerProblem, MomentFactor, Update
-from memedit.targets import Target, default_tokens_per_batch, positions, width
+from memedit.targets import Target, default_tokens_per_batch, whole_batches
 
 _TOKENS_PER_COUNT = 2048
 _COUNTS_PER_ROUND = 8
@@ -119,9 +118,8 @@ def find_targets(
     found = {r.request.case_id: known[r.request.case_id] for r in requests if _id(r) in known}
     if found:
         progress.advance("targets", len(found))
-    # Facts of similar length share a unit, and so a batch.
-    missing = sorted((r for r in requests if _id(r) not in found), key=width, reverse=True)
-    units = [(unit, layer, settings) for unit in _target_units(missing, settings)]
+    missing = [request for request in requests if _id(request) not in found]
+    units = [(unit, layer, settings) for unit in target_units(missing, settings)]
     for _, target in executor.map("targets", units):
         found[target.case_id] = target
         keep(target)
@@ -130,20 +128,16 @@ def find_targets(
     return [found[_id(r)] for r in requests]
 
 
-def _target_units(
+def target_units(
     requests: Sequence[EncodedRequest], settings: TargetSettings
 ) -> list[list[EncodedRequest]]:
-    """Units of a few batches each, by tokens: a batch is refilled within its unit only."""
-    batch = settings.tokens_per_batch or default_tokens_per_batch(torch.device("cpu"))
-    units: list[list[EncodedRequest]] = []
-    used = math.inf
-    for request in requests:
-        if used >= batch * _BATCHES_PER_UNIT:
-            units.append([])
-            used = 0
-        units[-1].append(request)
-        used += positions(request)
-    return units
+    """Units of a few whole batches each, the widest facts first."""
+    budget = settings.tokens_per_batch or default_tokens_per_batch(torch.device("cpu"))
+    batches = whole_batches(requests, budget=budget)
+    return [
+        sum(batches[start : start + _BATCHES_PER_UNIT], [])
+        for start in range(0, len(batches), _BATCHES_PER_UNIT)
+    ]
 
 
 def _id(request: EncodedRequest) -> str:

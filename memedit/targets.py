@@ -181,6 +181,16 @@ def fitting(
     return joining
 
 
+def whole_batches(requests: Sequence[EncodedRequest], *, budget: int) -> list[list[EncodedRequest]]:
+    """Cut facts, the widest first, into batches as large as `budget` positions allow."""
+    waiting = deque(sorted(requests, key=width, reverse=True))
+    batches = []
+    while waiting:
+        shapes = ((rows_of(request), width(request)) for request in waiting)
+        batches.append([waiting.popleft() for _ in range(fitting(shapes, budget=budget))])
+    return batches
+
+
 def width(request: EncodedRequest) -> int:
     """Positions from the subject's last token on, in the widest context."""
     longest = max(len(text.ids) - text.subject_last for text in request.contexts)
@@ -200,11 +210,6 @@ def needs_kl_row(request: EncodedRequest) -> bool:
     """
     bare, kl = request.contexts[0], request.kl
     return kl.ids[: kl.subject_last + 1] != bare.ids[: bare.subject_last + 1]
-
-
-def positions(request: EncodedRequest) -> int:
-    """Positions that a fact takes in a batch."""
-    return rows_of(request) * width(request)
 
 
 class _SharedContexts:
@@ -327,6 +332,9 @@ class _Batch:
         device = facts[0].h_O.device
         rows = [row for fact in facts for row in fact.rows]
         self.h_norm_N = torch.stack([fact.h_O.norm() for fact in facts])
+        self.delta_NO = torch.stack([fact.delta_O for fact in facts])
+        self.mean_NO = torch.stack([fact.mean_O for fact in facts])
+        self.variance_NO = torch.stack([fact.variance_O for fact in facts])
         self.slot_B = torch.tensor(
             [slot for slot, fact in enumerate(facts) for _ in fact.rows], device=device
         )
@@ -347,6 +355,7 @@ class _Batch:
         self.tokens = torch.tensor([r[2] for r in read], device=device)
         self.weights = torch.tensor([r[3] for r in read], device=device)
         self.read_slots = self.slot_B[self.at_rows[: len(read)]]
+        self.kl_before_NV: Tensor | None = None
 
     def losses(self, delta_NO: Tensor, settings: TargetSettings) -> Tensor:
         """The objective of each fact at δ, [N] (MEMIT, Eq. 16)."""
@@ -359,41 +368,55 @@ class _Batch:
         loss_N = torch.zeros_like(self.h_norm_N).index_add(0, self.read_slots, nll * self.weights)
 
         after_NV = logits[reads:].log_softmax(-1)
-        for slot, fact in enumerate(self.facts):
-            if fact.kl_before_V is None:  # the first step has δ = 0
-                fact.kl_before_V = after_NV[slot].detach()
-        before_NV = torch.stack([f.kl_before_V for f in self.facts if f.kl_before_V is not None])
+        before_NV = self._kl_before(after_NV)
         kl_N = (after_NV.exp() * (after_NV - before_NV)).sum(-1)
         decay_N = torch.linalg.vector_norm(delta_NO, dim=1) / self.h_norm_N**2
         total_N: Tensor = loss_N + settings.kl_factor * kl_N + settings.v_weight_decay * decay_N
         return total_N
 
+    def _kl_before(self, after_NV: Tensor) -> Tensor:
+        """The distributions that must not move: those of each fact's first pass, where δ is 0."""
+        if self.kl_before_NV is None:
+            kept = [fact.kl_before_V for fact in self.facts]
+            first = after_NV.detach()
+            self.kl_before_NV = torch.stack(
+                [first[slot] if row is None else row for slot, row in enumerate(kept)]
+            )
+            for fact, row_V in zip(self.facts, self.kl_before_NV, strict=True):
+                fact.kl_before_V = row_V
+        return self.kl_before_NV
+
     def step(self, settings: TargetSettings) -> None:
         """One forward pass, and an Adam update of every fact that has not converged."""
-        delta_NO = torch.stack([fact.delta_O for fact in self.facts]).requires_grad_()
+        delta_NO = self.delta_NO.detach().requires_grad_()
         with torch.enable_grad():
             loss_N = self.losses(delta_NO, settings)
             (gradient_NO,) = torch.autograd.grad(loss_N.sum(), delta_NO)
-        for slot, (fact, loss) in enumerate(zip(self.facts, loss_N.tolist(), strict=True)):
+        for fact, loss in zip(self.facts, loss_N.tolist(), strict=True):
             if not math.isfinite(loss):
                 raise NumericalError(f"the z loss of fact {fact.case_id} is {loss}")
             fact.losses.append(loss)
-            if loss < settings.loss_threshold:
-                fact.converged = fact.finished = True
-                continue
-            _adam(fact, gradient_NO[slot], settings)
+            fact.converged = loss < settings.loss_threshold
             # The reference's last forward pass makes no update, so it need not run.
-            fact.finished = len(fact.losses) >= settings.steps - 1
+            fact.finished = fact.converged or len(fact.losses) >= settings.steps - 1
+        self._adam(gradient_NO, settings)
+        for slot, fact in enumerate(self.facts):
+            if not fact.converged:
+                fact.delta_O = self.delta_NO[slot]
+                fact.mean_O, fact.variance_O = self.mean_NO[slot], self.variance_NO[slot]
 
-
-def _adam(fact: _Fact, gradient_O: Tensor, settings: TargetSettings) -> None:
-    """Adam (Kingma and Ba) with torch's defaults, then the clamp of the norm; changes `fact`."""
-    step = len(fact.losses)
-    fact.mean_O = torch.lerp(fact.mean_O, gradient_O, 1 - 0.9)
-    fact.variance_O = 0.999 * fact.variance_O + (1 - 0.999) * gradient_O**2
-    mean_O = fact.mean_O / (1 - 0.9**step)
-    scale_O = (fact.variance_O / (1 - 0.999**step)).sqrt() + 1e-8
-    delta_O = fact.delta_O - settings.lr * mean_O / scale_O
-    limit = settings.clamp_norm_factor * fact.h_O.norm()
-    norm = delta_O.norm()
-    fact.delta_O = delta_O * (limit / norm) if norm > limit else delta_O
+    def _adam(self, gradient_NO: Tensor, settings: TargetSettings) -> None:
+        """Adam (Kingma and Ba) with torch's defaults, then the clamp of the norm."""
+        steps = [len(fact.losses) for fact in self.facts]
+        # In Python's float64: 1 - 0.999 loses four digits in float32.
+        first_N1, second_N1 = (
+            self.h_norm_N.new_tensor([[1 - beta**step] for step in steps]) for beta in (0.9, 0.999)
+        )
+        self.mean_NO = torch.lerp(self.mean_NO, gradient_NO, 1 - 0.9)
+        self.variance_NO = 0.999 * self.variance_NO + (1 - 0.999) * gradient_NO**2
+        mean_NO = self.mean_NO / first_N1
+        scale_NO = (self.variance_NO / second_N1).sqrt() + 1e-8
+        delta_NO = self.delta_NO - settings.lr * mean_NO / scale_NO
+        limit_N1 = settings.clamp_norm_factor * self.h_norm_N[:, None]
+        norm_N1 = torch.linalg.vector_norm(delta_NO, dim=1, keepdim=True)
+        self.delta_NO = delta_NO * (limit_N1 / norm_N1).clamp(max=1.0)

@@ -50,7 +50,7 @@ REQUESTS = [
         for prompt in ("The {} is located in", "I know that {} was born in", "Apple and {} are in")
     )
 ]
-TARGETS = TargetSettings(steps=6, lr=0.2)
+TARGETS = TargetSettings(steps=6, lr=0.2, tokens_per_batch=40)
 JUDGEMENT = EvaluationSettings(
     drift_prompts=4, fluency_facts=2, fluency_tokens=5, heldout_tokens=64, heldout_window=32
 )
@@ -66,7 +66,7 @@ def small_units() -> Iterator[None]:
     """Several units for each worker, though the facts are few."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "_TOKENS_PER_COUNT", 256)
-        patch.setattr(stages, "_BATCHES_PER_UNIT", 0.1)
+        patch.setattr(stages, "_BATCHES_PER_UNIT", 1)
         patch.setattr(stages, "_FACTS_PER_KEY_UNIT", 5)
         patch.setattr(stages, "_FACTS_PER_SCORE_UNIT", 5)
         yield
