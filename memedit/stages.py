@@ -135,7 +135,7 @@ def target_units(
     budget = settings.tokens_per_batch or default_tokens_per_batch(torch.device("cpu"))
     batches = whole_batches(requests, budget=budget)
     return [
-        sum(batches[start : start + _BATCHES_PER_UNIT], [])
+        [request for batch in batches[start : start + _BATCHES_PER_UNIT] for request in batch]
         for start in range(0, len(batches), _BATCHES_PER_UNIT)
     ]
 
