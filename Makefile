@@ -36,7 +36,7 @@ demo: $(STAMP)  ## Edit the embedded default model with examples/facts.jsonl
 test: $(STAMP)  ## All tests
 	$(BIN)/python -m pytest
 
-check: lint unit  ## Style, types, import directions and the fast tests
+check: lint unit  ## Style, types, import directions and the fast tests of single modules
 
 lint: $(STAMP)  ## Style, types and import directions
 	$(BIN)/ruff format --check .
@@ -44,8 +44,8 @@ lint: $(STAMP)  ## Style, types and import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: $(STAMP)  ## The fast tests
-	$(BIN)/python -m pytest -m "not slow and not ray"
+unit: $(STAMP)  ## The fast tests of single modules, one process a core
+	$(BIN)/python -m pytest -n auto -m "not slow and not ray" tests/memedit tests/cluster tests/workflows
 
 bench: $(STAMP)  ## Every figure of benchmarks/, one after the other
 	$(BIN)/python -m benchmarks.quality

@@ -122,7 +122,11 @@ def corpus_windows(loaded: LoadedModel, path: Path, settings: MomentSettings) ->
     """Windows of token ids from a corpus, as memedit draws them."""
     documents = [loaded.tokenizer(text)["input_ids"] for text in open_corpus(path).documents()]
     drawn = windows_of(
-        documents, window=settings.window, tokens=settings.tokens, seed=settings.seed
+        documents,
+        window=settings.window,
+        tokens=settings.tokens,
+        seed=settings.seed,
+        separator=loaded.tokenizer.eos_token_id,
     )
     return list(drawn)
 
@@ -177,6 +181,7 @@ def solve(
         lam=settings.lam,
         ridge=settings.ridge,
         residual_scale=executor.loaded.arch.residual_scale,
+        stored=dict.fromkeys(settings.layers, torch.float32),
         device=torch.device("cpu"),
         progress=Silent(),
     )

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from memedit.targets import Target
 # Rises when the same inputs begin to give other numbers.
 _MOMENTS_VERSION = 2
 _TARGETS_VERSION = 1
+_STALE_S = 86_400
 
 
 def moment_digest(
@@ -151,8 +154,17 @@ def _write(path: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not a temporary file of `tempfile`, which nobody else may read.
     partial = path.with_name(f"{path.stem}.{secrets.token_hex(8)}.partial")
+    _remove_stale(path.parent)
     try:
         write(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what killed runs have left; nothing takes a day to write."""
+    for partial in folder.glob("*.partial"):
+        with suppress(OSError):  # another process may be quicker
+            if time.time() - partial.stat().st_mtime > _STALE_S:
+                partial.unlink()

@@ -15,8 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import urlsplit
 
 import ray
@@ -26,6 +25,7 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 import memedit
 from cluster.placement import Machine, Placement, place
 from memedit.errors import InputError, MemeditError
+from memedit.executor import Executor
 from memedit.model import ModelSpec
 from memedit.worker import Worker
 
@@ -89,7 +89,7 @@ class _Actor:
         return replace(spec, device="cuda")
 
 
-class RayExecutor:
+class RayExecutor(Executor):
     """Workers as Ray actors; see `memedit.executor.Executor`.
 
     Args:
@@ -259,17 +259,6 @@ class RayExecutor:
                 ray.kill(actor, no_restart=True)
             if connected:
                 ray.shutdown()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _connect(address: str | None) -> bool:

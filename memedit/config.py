@@ -95,7 +95,6 @@ class EditSettings:
     targets: TargetSettings = field(default_factory=TargetSettings)
     moments: MomentSettings = field(default_factory=MomentSettings)
     solve: SolveSettings = field(default_factory=SolveSettings)
-    seed: int = 0
 
 
 def digest_of(*parts: object) -> str:

@@ -74,10 +74,10 @@ _LLAMA_3 = _Row(
 _LLAMA_3_VOCABULARY = 128_256
 
 _SMOLLM2 = ("llama", 30, 576)
-# λ against the number of facts, a power law in between. Swept at 10 facts, where 200 to 800 score
-# the same, and at 100 (benchmarks/results/sweep.md). That larger sets want more is an earlier
-# finding for 250 to 600 facts; the value at 1,000 was not measured.
-_SMOLLM2_LAM = ((10, 150.0), (100, 400.0), (1000, 1500.0))
+# λ against the number of facts, a power law in between (benchmarks/results/sweep.md). At 10 facts
+# 200 to 800 score the same, at 100 they differ little; at 1,000 the score is flat from 800 to 1,500
+# and falls below, and efficacy falls above.
+_SMOLLM2_LAM = ((10, 150.0), (100, 400.0), (1000, 800.0))
 
 
 def defaults_for(config: PretrainedConfig, n_facts: int) -> Defaults:
@@ -100,7 +100,7 @@ def defaults_for(config: PretrainedConfig, n_facts: int) -> Defaults:
         )
         return Defaults(
             settings=settings,
-            source="SmolLM2 135M: swept at 10 and 100 facts (benchmarks/results/sweep.md)",
+            source="SmolLM2 135M: swept at 10, 100 and 1,000 facts (benchmarks/results/sweep.md)",
         )
     # Some 20 tokens for each input of the rewrite module, which is about four times as wide as the
     # residual stream: enough for C to be regular and for the score to stay where it is.

@@ -3,7 +3,7 @@
 Two halves. `score_facts` judges each fact by itself and can therefore be spread over workers;
 `summarise` turns the judgements into the paper's numbers. `measure_side_effects` measures the model
 as a whole: fluency, perplexity on held-out text, and the drift of the next-token distribution on
-prompts of facts that were not edited. `evaluate` does both.
+prompts of facts that were not edited. `memedit.stages.judge` does both.
 
 Knows facts and metrics. Does not know how forward passes are batched (`memedit.scoring`,
 `memedit.generate`), how drift is measured (`memedit.side_effects`) or how results are shown.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean, harmonic_mean
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +22,6 @@ from memedit.architecture import Architecture
 from memedit.config import EvaluationSettings
 from memedit.generate import greedy_continuations
 from memedit.outcome import METRIC_KEYS, Evaluation, FactResult
-from memedit.progress import Progress, Silent
 from memedit.prompts import encode_completion
 from memedit.requests import EditRequest, whole_word
 from memedit.scoring import Completion, CompletionScore, perplexity, score_completions
@@ -38,50 +37,10 @@ GENERATION_EXTRA_TOKENS = 5
 """How many tokens beyond the length of the new object a continuation may take to say it."""
 
 
-def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    arch: Architecture | None,
-    requests: Sequence[EditRequest],
-    *,
-    heldout: Sequence[Sequence[int]] | None = None,
-    reference: DriftReference | None = None,
-    settings: EvaluationSettings | None = None,
-    progress: Progress | None = None,
-    stage: str = "evaluate",
-) -> tuple[Evaluation, DriftReference]:
-    """All metrics of a model on a batch of facts.
-
-    Args:
-        model: In eval mode; not changed.
-        tokenizer: The model's.
-        arch: The model's architecture; None for a family that cannot be edited.
-        requests: The facts.
-        heldout: Token ids of documents for the perplexity; None leaves it out.
-        reference: The base's distributions, from the evaluation of the unedited model; None makes
-            this model the base.
-        settings: How much is measured.
-        progress: Told of each portion of facts.
-        stage: The name under which `progress` is told.
-
-    Returns:
-        The evaluation, and the reference to pass to the evaluation of the edited model.
-
-    Raises:
-        NumericalError: The model gives NaN or an infinity.
-    """
-    settings, progress = settings or EvaluationSettings(), progress or Silent()
-    progress.start(stage, total=len(requests), unit="facts")
-    facts = score_facts(
-        model, tokenizer, arch, requests, settings=settings, progress=progress, stage=stage
-    )
-    measures, reference = measure_side_effects(
-        model, tokenizer, arch, requests, heldout=heldout, reference=reference, settings=settings
-    )
-    progress.finish(stage)
-    metrics = summarise(facts) | measures
-    ordered = {key: metrics.get(key) for key in METRIC_KEYS}
-    return Evaluation(metrics=ordered, facts=facts), reference
+def evaluation_of(facts: Sequence[FactResult], measures: Mapping[str, float | None]) -> Evaluation:
+    """Judgements of facts and measures of the whole model, in one order of metrics."""
+    metrics = {**summarise(facts), **measures}
+    return Evaluation(metrics={key: metrics.get(key) for key in METRIC_KEYS}, facts=tuple(facts))
 
 
 # ------------------------------------------------------------------------------------- the facts
@@ -94,20 +53,24 @@ def score_facts(
     requests: Sequence[EditRequest],
     *,
     settings: EvaluationSettings | None = None,
-    progress: Progress | None = None,
-    stage: str = "evaluate",
 ) -> tuple[FactResult, ...]:
     """Judge each fact, in the order given; a result depends on its own fact only.
 
-    Arguments and errors are those of `evaluate`; `progress` is advanced, not started.
+    Args:
+        model: In eval mode; not changed.
+        tokenizer: The model's.
+        arch: The model's architecture; None for a family that cannot be edited.
+        requests: The facts.
+        settings: How many are scored together.
+
+    Raises:
+        NumericalError: The model gives NaN or an infinity.
     """
-    settings, progress = settings or EvaluationSettings(), progress or Silent()
+    settings = settings or EvaluationSettings()
     results: list[FactResult] = []
     for first in range(0, len(requests), settings.facts_per_portion):
         portion = requests[first : first + settings.facts_per_portion]
         results += _score_portion(model, tokenizer, arch, portion, settings.tokens_per_batch)
-        said = 100 * fmean(result.efficacy_exact for result in results)
-        progress.advance(stage, len(portion), efficacy_exact=said)
     return tuple(results)
 
 
@@ -246,8 +209,21 @@ def measure_side_effects(
 ) -> tuple[dict[str, float | None], DriftReference]:
     """`fluency`, `perplexity`, `drift_kl` and `drift_top1`; None where there is nothing to measure.
 
-    Without a `reference` this model becomes the base, whose drift is 0 by definition. Arguments and
-    errors are those of `evaluate`.
+    Args:
+        model: In eval mode; not changed.
+        tokenizer: The model's.
+        arch: The model's architecture; None for a family that cannot be edited.
+        requests: The facts.
+        heldout: Token ids of documents for the perplexity; None leaves it out.
+        reference: The base's distributions, from the measurement of the unedited model; None makes
+            this model the base, whose drift is 0 by definition.
+        settings: How much is measured.
+
+    Returns:
+        The metrics, and the reference to pass to the measurement of the edited model.
+
+    Raises:
+        NumericalError: The model gives NaN or an infinity.
     """
     settings = settings or EvaluationSettings()
     batch = settings.tokens_per_batch

@@ -34,17 +34,19 @@ class Executor(Protocol):
     def close(self) -> None:
         """Let go of the workers and their models."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
-class InlineExecutor:
+class InlineExecutor(Executor):
     """One worker in this process."""
 
     n_workers = 1
@@ -68,14 +70,3 @@ class InlineExecutor:
     def close(self) -> None:
         """Let go of the model."""
         self._worker = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -16,6 +16,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from memedit.errors import InputError
 from memedit.prompts import encode
 
+# Any token: what is padded is masked, or behind the end of a text.
+_PAD = 0
+
 
 @torch.inference_mode()
 def greedy_continuations(
@@ -56,19 +59,18 @@ def greedy_continuations(
         if not ids:
             raise InputError(f"the prompt {prompt!r} has no token", field="prompt")
     ends = _end_ids(model)
-    pad_id = next(iter(ends), 0)
     limit = tokens_per_batch or (1024 if model.device.type == "cpu" else 65536)
 
     new_ids: list[list[int]] = [[] for _ in prompts]
     for batch in _batches(encoded, lengths, limit):
         width = max(len(encoded[i]) for i in batch)
         padding = [width - len(encoded[i]) for i in batch]
-        ids_BT = [[pad_id] * p + encoded[i] for p, i in zip(padding, batch, strict=True)]
+        ids_BT = [[_PAD] * p + encoded[i] for p, i in zip(padding, batch, strict=True)]
         mask_BT = [[0] * p + [1] * (width - p) for p in padding]
         output = model.generate(  # type: ignore[operator]
             input_ids=torch.tensor(ids_BT, device=model.device),
             attention_mask=torch.tensor(mask_BT, device=model.device),
-            generation_config=_greedy(max(lengths[i] for i in batch), sorted(ends), pad_id),
+            generation_config=_greedy(max(lengths[i] for i in batch), sorted(ends)),
         )
         for i, row in zip(batch, output[:, width:].tolist(), strict=True):
             row = row[: lengths[i]]
@@ -89,7 +91,7 @@ def _end_ids(model: PreTrainedModel) -> set[int]:
     return {ends} if isinstance(ends, int) else set(ends)
 
 
-def _greedy(max_new_tokens: int, ends: list[int], pad_id: int) -> GenerationConfig:
+def _greedy(max_new_tokens: int, ends: list[int]) -> GenerationConfig:
     # What is left unset would be filled from the model's own generation config.
     return GenerationConfig(
         do_sample=False,
@@ -102,7 +104,7 @@ def _greedy(max_new_tokens: int, ends: list[int], pad_id: int) -> GenerationConf
         min_length=0,
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
-        pad_token_id=pad_id,
+        pad_token_id=_PAD,
         use_cache=True,
     )
 

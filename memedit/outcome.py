@@ -151,6 +151,8 @@ class FactCounts(_Plain):
     rejected: int = 0
     rejects: str | None = None
     """Path of `rejects.jsonl`, None without rejects."""
+    duplicates: int = 0
+    """Rows that say what another row says; they count once."""
 
 
 @dataclass(frozen=True, kw_only=True)

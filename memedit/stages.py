@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from memedit.config import EvaluationSettings, MomentSettings, TargetSettings
-from memedit.evaluate import summarise
+from memedit.evaluate import evaluation_of
 from memedit.executor import Executor
 from memedit.moments import SecondMoment, Spread
-from memedit.outcome import METRIC_KEYS, Evaluation, FactResult
+from memedit.outcome import Evaluation, FactResult
 from memedit.progress import Progress
 from memedit.prompts import EncodedRequest
 from memedit.requests import EditRequest
@@ -164,6 +164,7 @@ def solve_layers(
     lam: float,
     ridge: float,
     residual_scale: float,
+    stored: Mapping[int, torch.dtype],
     device: torch.device,
     progress: Progress,
 ) -> list[SolvedLayer]:
@@ -182,6 +183,8 @@ def solve_layers(
         lam: λ.
         ridge: See `SolveSettings`.
         residual_scale: c where a block adds c times the rewrite module's output.
+        stored: The dtype in which the checkpoint keeps each layer's weight. A layer sees the layers
+            below it as they will be saved, so it also makes up for their rounding.
         device: Where the solve runs, in float64.
         progress: Told of each layer.
     """
@@ -208,7 +211,7 @@ def solve_layers(
             lam=lam,
         )
         update = method(problem).cpu()
-        executor.broadcast("apply", update)
+        executor.broadcast("apply", update, stored[layer])
         solved.append(SolvedLayer(update=update, residual_norm=residual_norm))
         progress.advance("solve", 1, residual=residual_norm)
     progress.finish("solve")
@@ -224,7 +227,10 @@ def judge(
     settings: EvaluationSettings,
     progress: Progress,
 ) -> tuple[Evaluation, DriftReference]:
-    """All metrics of the workers' model on a batch of facts; see `memedit.evaluate.evaluate`."""
+    """All metrics of the workers' model on a batch of facts, and the base's distributions.
+
+    `heldout`, `reference` and `settings` are those of `memedit.evaluate.measure_side_effects`.
+    """
     progress.start("evaluate", total=len(requests), unit="facts")
     size = _FACTS_PER_SCORE_UNIT
     units = [(requests[i : i + size], settings) for i in range(0, len(requests), size)]
@@ -235,6 +241,4 @@ def judge(
     facts = tuple(results[request.case_id] for request in requests)
     measures, reference = once(executor, "damage", requests, heldout, reference, settings)
     progress.finish("evaluate")
-    metrics = summarise(facts) | measures
-    ordered = {key: metrics.get(key) for key in METRIC_KEYS}
-    return Evaluation(metrics=ordered, facts=facts), reference
+    return evaluation_of(facts, measures), reference

@@ -96,9 +96,9 @@ class Worker:
             self._passes[unit] = KeyPass(model, arch, requests, last_layer=last_layer)
         yield self._passes[unit].at(layer)
 
-    def apply(self, update: Update) -> Iterator[None]:
-        """Add an update to the weight in memory."""
-        add_update(self.loaded, update)
+    def apply(self, update: Update, stored: torch.dtype) -> Iterator[None]:
+        """Add an update to the weight in memory, rounded as it will be stored."""
+        add_update(self.loaded, update, stored)
         yield None
 
     def score(
@@ -140,11 +140,13 @@ class Worker:
         yield None
 
 
-def add_update(loaded: LoadedModel, update: Update) -> None:
-    """Add Δ to the rewrite weight of a model in memory, whatever its orientation and dtype."""
+def add_update(loaded: LoadedModel, update: Update, stored: torch.dtype) -> None:
+    """Add Δ to the rewrite weight of a model in memory, whatever its orientation and dtype.
+
+    The sum is rounded to `stored` first: then it is what a reader of the saved checkpoint gets.
+    """
     weight = loaded.arch.rewrite_module(loaded.model, update.layer).weight
     assert isinstance(weight, torch.Tensor)
     oriented_OI: Any = loaded.arch.oriented(weight.data)
-    # Summed in float64: the weight is rounded once, to the dtype that is computed in.
     delta_OI = update.delta_OI.to(oriented_OI.device)
-    oriented_OI.copy_(oriented_OI.double() + delta_OI)
+    oriented_OI.copy_((oriented_OI.double() + delta_OI).to(stored))

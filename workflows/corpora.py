@@ -20,6 +20,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
+from memedit.checksums import record_of
 from memedit.errors import InputError
 
 Kind = Literal["parquet", "json lines", "text", "dataset", "self"]
@@ -64,6 +65,8 @@ class Corpus:
     column: str = "text"
     files: tuple[Path, ...] = ()
     dataset: DatasetName | None = None
+    checksums: Path | None = None
+    """Folder in which the checksums of files are kept from run to run."""
 
     def documents(self) -> Iterator[str]:
         """Yield the documents that hold any text, a few in memory at a time.
@@ -88,7 +91,7 @@ class Corpus:
         if self.dataset is not None:
             content = _dataset_identity(self.dataset)
         else:
-            content = [_file_digest(file) for file in self.files]
+            content = [record_of(file, cache=self.checksums).sha256 for file in self.files]
         identity = json.dumps([self.kind, self.column, content], sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()
 
@@ -314,11 +317,6 @@ def _no_column(
     )
 
 
-def _file_digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 _READERS: dict[Kind, Callable[[Path, str], Iterator[str]]] = {
     "parquet": _parquet_texts,
     "json lines": _json_texts,
@@ -356,7 +354,7 @@ def _load(dataset: DatasetName) -> tuple[Any, Any]:
                     f"write {dataset.name}:split"
                 )
             rows = rows[dataset.split]
-        return rows, [_file_digest(Path(file["filename"])) for file in rows.cache_files]
+        return rows, [record_of(Path(file["filename"])).sha256 for file in rows.cache_files]
     except InputError as error:
         raise InputError(error.message, source=dataset) from None
     except Exception as error:  # The library raises many kinds, none of them its own family.

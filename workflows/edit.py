@@ -122,6 +122,7 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
                 lam=_lam(settings),
                 ridge=settings.solve.ridge,
                 residual_scale=base.arch.residual_scale,
+                stored={layer: base.checkpoint.info(names[layer]).dtype for layer in names},
                 device=torch.device(base.device if torch.cuda.is_available() else "cpu"),
                 progress=timed,
             )
@@ -150,6 +151,7 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
         counts = FactCounts(
             read=table.read,
             accepted=len(batch),
+            duplicates=len(table.duplicates),
             rejected=len(table.rejects),
             rejects=str(job.out / REJECTS_NAME) if table.rejects else None,
         )
@@ -250,7 +252,8 @@ def _patch(base: Base, solved: SolvedLayer) -> Patch:
 def _check_gates(job: EditJob, after: Evaluation) -> None:
     missed = [reason for gate in job.gates if (reason := gate.check(after.metrics))]
     if missed:
-        raise GateError("not published: " + "; ".join(missed))
+        measured = ", ".join(f"{k} {v:.4g}" for k, v in after.metrics.items() if v is not None)
+        raise GateError(f"not published: {'; '.join(missed)} (measured: {measured})")
 
 
 def _trace(target: Target) -> TargetTrace:

@@ -19,11 +19,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from memedit.checksums import records_of
 from memedit.errors import InputError
@@ -252,7 +251,7 @@ def _convert(source: Path, out: Path) -> None:
     # transformers parses the file three times, and makes the table of names once per module.
     slow = ("GGUFReader", "get_tensor_name_map")
     once: dict[str, Any] = {name: functools.cache(getattr(gguf, name)) for name in slow}
-    with _quiet(), patch.multiple(gguf, **once):
+    with _quiet(), _replaced(gguf, once):
         model = AutoModelForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, dtype=torch.float32
         )
@@ -268,6 +267,17 @@ def _convert(source: Path, out: Path) -> None:
         tokenizer.save_pretrained(out)
     del model, plain
     gc.collect()
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, values: Mapping[str, Any]) -> Iterator[None]:
+    """Other values for some names of a module, until the end."""
+    before = {name: getattr(module, name) for name in values}
+    try:
+        vars(module).update(values)
+        yield
+    finally:
+        vars(module).update(before)
 
 
 @contextlib.contextmanager

@@ -51,10 +51,12 @@ from workflows.rate import measured_rate
 from workflows.session import (
     MIN_TOKENS_PER_WIDTH,
     Base,
+    check_window,
     contexts_of,
     corpus_of,
     device_of_job,
     encode_facts,
+    sampled_rows,
     settings_of,
 )
 from workflows.settings import PlanJob
@@ -96,6 +98,7 @@ def run_plan(job: PlanJob, progress: Progress) -> Mapping[str, Any]:
         base.checkpoint.check_editable(names)
     corpus = None if job.stats else corpus_of(job)
     if corpus is not None:
+        check_window(settings.moments, base)
         _check_tokens(settings, base, corpus)
     device = device_of_job(job)
     shape = shape_of(base.config, base.arch)
@@ -287,10 +290,9 @@ def _work(
     corpus: Corpus | None,
 ) -> dict[str, Amount]:
     layers, moments = settings.layers, settings.moments
-    evaluation = job.evaluation_settings
     work: dict[str, Amount] = {}
     if corpus is not None and corpus.kind == "self":
-        tokens = moments.tokens + evaluation.heldout_tokens
+        tokens = sampled_rows(moments)[1] * moments.window
         work["sampling"] = sampling_work(shape, tokens=tokens, window=moments.window)
     if corpus is not None:
         work["statistics"] = statistics_work(

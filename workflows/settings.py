@@ -160,7 +160,7 @@ class ModelJob(Job):
     )
     seed: int | None = option(
         None,
-        "Seed of all that is drawn at random; also of the sections that set none. [default: 0]",
+        "Seed of the sections that set none of their own. [default: 0]",
         group="Method",
         metavar="N",
         at_least=0,
@@ -227,7 +227,7 @@ class WorkJob(ModelJob):
     def overrides(self) -> dict[str, Any]:
         """All that was set of `EditSettings`, nested like it: the fields and the sections."""
         found: dict[str, Any] = dict(self.section_overrides())
-        for name in ("method", "layers", "seed"):
+        for name in ("method", "layers"):
             if getattr(self, name, None) is not None:
                 found[name] = getattr(self, name)
         if self.seed is not None:

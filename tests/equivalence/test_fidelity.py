@@ -92,6 +92,7 @@ def test_z_statistics_and_updates_equal_the_plain_ones(
         lam=LAM,
         ridge=ridge,
         residual_scale=1.0,
+        stored=dict.fromkeys(LAYERS, torch.float32),
         device=torch.device("cpu"),
         progress=Silent(),
     )

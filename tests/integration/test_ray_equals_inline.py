@@ -155,6 +155,7 @@ def solved_by(
         lam=20.0,
         ridge=0.0,
         residual_scale=arch.residual_scale,
+        stored=dict.fromkeys(LAYERS, torch.bfloat16),
         device=torch.device("cpu"),
         progress=Silent(),
     )

@@ -16,16 +16,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from memedit.architecture import architecture_of
 from memedit.config import EvaluationSettings
 from memedit.evaluate import (
-    evaluate,
+    evaluation_of,
+    measure_side_effects,
     says,
     score_facts,
     summarise,
 )
 from memedit.generate import greedy_continuations
-from memedit.outcome import METRIC_KEYS, FactResult
+from memedit.outcome import METRIC_KEYS, Evaluation, FactResult
 from memedit.prompts import encode_completion
 from memedit.requests import EditRequest, Neighbour
 from memedit.side_effects import (
+    DriftReference,
     drift_contexts,
     drift_reference,
     fluency,
@@ -67,6 +69,16 @@ FACTS = (
         paraphrases=("The cars of Toyota are made in",),
     ),
 )
+
+
+def evaluate(
+    model: PreTrainedModel, requests: tuple[EditRequest, ...], **measured: Any
+) -> tuple[Evaluation, DriftReference]:
+    """All metrics of a tiny model, as the stage puts them together."""
+    parts = model, tiny_tokenizer(), architecture_of(model.config), requests
+    facts = score_facts(*parts, settings=measured["settings"])
+    measures, reference = measure_side_effects(*parts, **measured)
+    return evaluation_of(facts, measures), reference
 
 
 def result(**changes: Any) -> FactResult:
@@ -231,25 +243,20 @@ def test_what_the_model_says_is_exact() -> None:
 
 def test_an_evaluation_of_the_base_and_of_a_changed_model() -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    arch = architecture_of(model.config)
     heldout = [tokenizer(f.text)["input_ids"] for f in FACTS]
-    before, reference = evaluate(model, tokenizer, arch, FACTS, heldout=heldout, settings=SMALL)
+    before, reference = evaluate(model, FACTS, heldout=heldout, settings=SMALL)
     assert tuple(before.metrics) == METRIC_KEYS
     assert before.metrics["drift_kl"] == 0
     assert before.metrics["drift_top1"] == 100
     assert len(before.facts) == len(FACTS)
 
-    same, _ = evaluate(
-        model, tokenizer, arch, FACTS, heldout=heldout, reference=reference, settings=SMALL
-    )
+    same, _ = evaluate(model, FACTS, heldout=heldout, reference=reference, settings=SMALL)
     assert same.metrics == pytest.approx(before.metrics, abs=1e-5)
 
     changed = tiny_model("llama")
     with torch.no_grad():
         changed.model.layers[2].mlp.down_proj.weight.mul_(-1)
-    after, kept = evaluate(
-        changed, tokenizer, arch, FACTS, heldout=heldout, reference=reference, settings=SMALL
-    )
+    after, kept = evaluate(changed, FACTS, heldout=heldout, reference=reference, settings=SMALL)
     assert kept is reference
     # KL(base || changed), by hand, over the three different neighbourhood prompts.
     prompts = list(dict.fromkeys(n.prompt for f in FACTS for n in f.neighbourhood))
@@ -268,13 +275,12 @@ def test_an_evaluation_of_the_base_and_of_a_changed_model() -> None:
 
 
 def test_what_was_not_asked_for_is_none() -> None:
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    model = tiny_model("llama")
     settings = EvaluationSettings(fluency_facts=0, drift_prompts=0)
-    arch = architecture_of(model.config)
-    evaluation, reference = evaluate(model, tokenizer, arch, FACTS[:1], settings=settings)
+    evaluation, reference = evaluate(model, FACTS[:1], settings=settings)
     missing = {key for key, value in evaluation.metrics.items() if value is None}
     assert missing == {"fluency", "perplexity", "drift_kl", "drift_top1"}
-    assert measure_drift(model, arch, reference) is None
+    assert measure_drift(model, architecture_of(model.config), reference) is None
 
 
 def test_drift_prompts_are_unique_spread_and_not_edited() -> None:
@@ -314,43 +320,6 @@ def test_fluency_is_the_mean_entropy_of_prompt_and_continuation() -> None:
     texts = [prompt + greedy_continuations(model, tokenizer, [prompt], 20)[0] for prompt in prompts]
     got = fluency(model, tokenizer, prompts, max_new_tokens=20)
     assert got == pytest.approx(fmean(ngram_entropy(text) for text in texts))
-
-
-class Recorder:
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, ...]] = []
-
-    def start(self, stage: str, *, total: int | None = None, unit: str = "") -> None:
-        self.calls.append(("start", stage, total, unit))
-
-    def advance(self, stage: str, done: int = 1, **measures: float) -> None:
-        assert 0 <= measures["efficacy_exact"] <= 100
-        self.calls.append(("advance", stage, done))
-
-    def finish(self, stage: str) -> None:
-        self.calls.append(("finish", stage))
-
-    def message(self, text: str) -> None:
-        self.calls.append(("message", text))
-
-
-def test_progress_counts_facts() -> None:
-    model, recorder = tiny_model("llama"), Recorder()
-    evaluate(
-        model,
-        tiny_tokenizer(),
-        architecture_of(model.config),
-        FACTS,
-        settings=replace(SMALL, facts_per_portion=2),
-        progress=recorder,
-        stage="evaluate",
-    )
-    assert recorder.calls == [
-        ("start", "evaluate", 3, "facts"),
-        ("advance", "evaluate", 2),
-        ("advance", "evaluate", 1),
-        ("finish", "evaluate"),
-    ]
 
 
 # ----------------------------------------------------------------------------------- real model

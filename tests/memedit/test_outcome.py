@@ -32,7 +32,7 @@ def test_the_summary_has_the_documented_keys():
         "run_id", "out", "manifest", "method", "model", "layers", "facts", "metrics", "timings_s",
         "report",
     ]  # fmt: skip
-    assert list(summary["facts"]) == ["read", "accepted", "rejected", "rejects"]
+    assert list(summary["facts"]) == ["read", "accepted", "rejected", "rejects", "duplicates"]
     assert tuple(summary["metrics"]["after"]) == METRIC_KEYS
     assert set(summary["timings_s"]) == {*STAGES, "total"}
     assert isinstance(summary["layers"], list)

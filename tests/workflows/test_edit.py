@@ -108,7 +108,8 @@ def test_the_result_is_the_published_object(first: First) -> None:
     assert result["report"] == str(out / "report.html")
     assert (result["method"], result["model"]) == ("memit", str(first.base))
     assert result["layers"] == [1, 2]
-    assert result["facts"] == {"read": 3, "accepted": 3, "rejected": 0, "rejects": None}
+    counts = {"read": 3, "accepted": 3, "rejected": 0, "rejects": None, "duplicates": 0}
+    assert result["facts"] == counts
     assert list(result["metrics"]) == ["before", "after"]
     for measured in result["metrics"].values():
         assert tuple(measured) == METRIC_KEYS
@@ -376,6 +377,7 @@ def test_bad_rows_can_be_skipped(first: First, calls: Calls, tmp_path: Path) -> 
         "accepted": 3,
         "rejected": 3,
         "rejects": str(out / "rejects.jsonl"),
+        "duplicates": 0,
     }
     rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
     assert [(r["row"], r["field"]) for r in rejects] == [
