@@ -189,7 +189,7 @@ def find_all_targets(
     slices: int,
 ) -> dict[str, Any]:
     """Z of all facts by every side; how far memedit's are from the plain ones."""
-    # Widest first, as memedit takes them, so that every turn has its share of each width.
+    # Widest first, as memedit takes them.
     order = sorted(plain.encoded, key=width, reverse=True)
     chosen = spread(order, plain_facts) if plain_facts else order
     plain_slices = sliced(chosen, slices, unit=1)

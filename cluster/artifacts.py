@@ -29,7 +29,9 @@ from memedit.targets import Target
 # Rises when the same inputs begin to give other numbers.
 _MOMENTS_VERSION = 2
 _TARGETS_VERSION = 1
+
 _STALE_S = 86_400
+"""What a killed run has left is removed after a day; nothing takes so long to write."""
 
 
 def moment_digest(
@@ -163,8 +165,8 @@ def _write(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove what killed runs have left; nothing takes a day to write."""
-    for partial in folder.glob("*.partial"):
-        with suppress(OSError):  # another process may be quicker
+    """Remove what killed runs have left."""
+    with suppress(OSError):  # another process may be quicker
+        for partial in folder.glob("*.partial"):
             if time.time() - partial.stat().st_mtime > _STALE_S:
                 partial.unlink()

@@ -80,7 +80,7 @@ class EvaluationSettings:
     """Held-out text is the same before and after: a small sample shows a small difference."""
     heldout_window: int = 256
     facts_per_portion: int = 64
-    """Facts scored together, so that memory does not grow with the batch and progress shows."""
+    """Facts scored together, so that memory does not grow with the batch."""
     tokens_per_batch: int | None = None
     """Rows times columns of one forward pass; None for what suits the device."""
 

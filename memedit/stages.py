@@ -184,7 +184,8 @@ def solve_layers(
         ridge: See `SolveSettings`.
         residual_scale: c where a block adds c times the rewrite module's output.
         stored: The dtype in which the checkpoint keeps each layer's weight. A layer sees the layers
-            below it as they will be saved, so it also makes up for their rounding.
+            below it as they will be saved, and makes up for their rounding (where computing is at
+            least as wide as storing).
         device: Where the solve runs, in float64.
         progress: Told of each layer.
     """

@@ -17,6 +17,7 @@ import torch
 
 from memedit.architecture import check_additivity
 from memedit.config import EvaluationSettings, TargetSettings
+from memedit.errors import NumericalError
 from memedit.evaluate import measure_side_effects, score_facts
 from memedit.keys import KeyPass, Keys
 from memedit.model import LoadedModel, ModelSpec, load_model
@@ -143,10 +144,20 @@ class Worker:
 def add_update(loaded: LoadedModel, update: Update, stored: torch.dtype) -> None:
     """Add Δ to the rewrite weight of a model in memory, whatever its orientation and dtype.
 
-    The sum is rounded to `stored` first: then it is what a reader of the saved checkpoint gets.
+    The sum is rounded to `stored` first: where computing is at least as wide as storing, it is then
+    what a reader of the saved checkpoint gets.
+
+    Raises:
+        NumericalError: The sum does not fit the stored dtype.
     """
     weight = loaded.arch.rewrite_module(loaded.model, update.layer).weight
     assert isinstance(weight, torch.Tensor)
     oriented_OI: Any = loaded.arch.oriented(weight.data)
     delta_OI = update.delta_OI.to(oriented_OI.device)
-    oriented_OI.copy_((oriented_OI.double() + delta_OI).to(stored))
+    rounded_OI = (oriented_OI.double() + delta_OI).to(stored)
+    if not bool(rounded_OI.isfinite().all()):
+        raise NumericalError(
+            f"the edited weight of layer {update.layer} holds NaN or a number beyond {stored}; a "
+            "larger λ or a smaller clamp makes the update smaller"
+        )
+    oriented_OI.copy_(rounded_OI)

@@ -57,7 +57,12 @@ def run_evaluate(job: EvaluateJob, progress: Progress) -> Mapping[str, Any]:
         metrics = {**metrics, "drift_kl": None, "drift_top1": None}  # nothing to compare with
     return {
         "model": job.model,
-        "facts": {"read": table.read, "accepted": len(requests), "rejected": len(table.rejects)},
+        "facts": {
+            "read": table.read,
+            "accepted": len(requests),
+            "rejected": len(table.rejects),
+            "duplicates": len(table.duplicates),
+        },
         "metrics": metrics,
         "per_fact": [fact.to_dict() for fact in evaluation.facts],
         "timings_s": timed.timings_s,

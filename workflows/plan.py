@@ -56,7 +56,6 @@ from workflows.session import (
     corpus_of,
     device_of_job,
     encode_facts,
-    sampled_rows,
     settings_of,
 )
 from workflows.settings import PlanJob
@@ -96,9 +95,9 @@ def run_plan(job: PlanJob, progress: Progress) -> Mapping[str, Any]:
     names = [base.arch.checkpoint_key(i, base.checkpoint.names) for i in settings.layers]
     if not absent:
         base.checkpoint.check_editable(names)
+    check_window(settings.moments, base)
     corpus = None if job.stats else corpus_of(job)
     if corpus is not None:
-        check_window(settings.moments, base)
         _check_tokens(settings, base, corpus)
     device = device_of_job(job)
     shape = shape_of(base.config, base.arch)
@@ -292,7 +291,7 @@ def _work(
     layers, moments = settings.layers, settings.moments
     work: dict[str, Amount] = {}
     if corpus is not None and corpus.kind == "self":
-        tokens = sampled_rows(moments)[1] * moments.window
+        tokens = moments.tokens + job.evaluation_settings.heldout_tokens
         work["sampling"] = sampling_work(shape, tokens=tokens, window=moments.window)
     if corpus is not None:
         work["statistics"] = statistics_work(

@@ -36,12 +36,12 @@ from workflows.models import resolve_model
 from workflows.settings import ModelJob, WorkJob
 
 _HELDOUT_EVERY = 8
-"""One document (or sampled window) in so many is kept out of the statistics, for the perplexity."""
+"""One document in so many is kept out of the statistics, for the perplexity."""
 CHARACTERS_PER_TOKEN = 8
 """More than any text needs; how far into a document it is worth reading."""
 _SAMPLED_ROWS = 64
 # Rises when the same settings begin to sample other text.
-_SAMPLING_VERSION = 2
+_SAMPLING_VERSION = 1
 _LEAST_WINDOW = 8
 """Tokens after the BOS; in shorter windows no token has a context worth counting."""
 MIN_TOKENS_PER_WIDTH = 2
@@ -255,7 +255,9 @@ class TokenSource:
     def windows(self, executor: Executor, progress: Progress) -> list[list[int]]:
         """Windows of token ids to count, at least `settings.tokens` where the corpus has them."""
         if self.corpus.kind == "self":
-            windows = self._sampled(executor, progress)[0]
+            rows = math.ceil(self.settings.tokens / self.settings.window)
+            progress.message(f"Sampling {self.settings.tokens} tokens from the model (corpus self)")
+            windows = self._sample(executor, rows, progress, heldout=False)
         else:
             windows = self._cut(self._texts[0], self.settings.tokens)
         needed = MIN_TOKENS_PER_WIDTH * self.base.arch.input_width(self.base.config)
@@ -275,27 +277,24 @@ class TokenSource:
             return []
         if self.corpus.kind != "self":
             return self._cut(self._texts[1], self.heldout_tokens)
-        return self._sampled(executor, progress)[1]
+        digest = digest_of("heldout", self.digest, self.settings.window, self.heldout_tokens)
+        known = self.artifacts.windows(digest)
+        if known is not None:
+            return known
+        rows = math.ceil(self.heldout_tokens / self.settings.window)
+        windows = self._sample(executor, rows, progress, heldout=True)
+        self.artifacts.keep_windows(digest, windows)
+        return windows
 
-    def _sampled(
-        self, executor: Executor, progress: Progress
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """Text of the model's own in two parts, sampled in one go: to count, and held out."""
-        window = self.settings.window
-        counted, rows = sampled_rows(self.settings)
-        digest = digest_of("sampled", self.digest, window, rows)
-        windows = self.artifacts.windows(digest)
-        if windows is None:
-            progress.message(f"Sampling {rows * window} tokens from the model (corpus self)")
-            windows = self._sample(executor, rows, progress)
-            self.artifacts.keep_windows(digest, windows)
-        return windows[:counted], windows[counted:]
-
-    def _sample(self, executor: Executor, rows: int, progress: Progress) -> list[list[int]]:
-        units = [
-            (min(_SAMPLED_ROWS, rows - start), self.settings.window, (self.settings.seed << 20) + i)
-            for i, start in enumerate(range(0, rows, _SAMPLED_ROWS))
-        ]
+    def _sample(
+        self, executor: Executor, rows: int, progress: Progress, *, heldout: bool
+    ) -> list[list[int]]:
+        # Held-out text takes the even seeds and counted text the odd ones: they never meet.
+        units = []
+        for i, start in enumerate(range(0, rows, _SAMPLED_ROWS)):
+            size = min(_SAMPLED_ROWS, rows - start)
+            seed = (self.settings.seed << 20) + 2 * i + (not heldout)
+            units.append((size, self.settings.window, seed))
         parts: dict[int, list[list[int]]] = {}
         progress.start("stats", total=rows, unit="windows")
         for i, windows in executor.map("sample", units):
@@ -341,15 +340,6 @@ class TokenSource:
         )
         # Each window begins as a text does: the model never saw a first position without its BOS.
         return [[*bos, *ids] for ids in cut]
-
-
-def sampled_rows(settings: MomentSettings) -> tuple[int, int]:
-    """How many windows of the model's own text are counted, and how many are sampled in all.
-
-    Both depend on nothing but the settings of the moments, whose digest stands for the text.
-    """
-    counted = math.ceil(settings.tokens / settings.window)
-    return counted, counted + math.ceil(counted / (_HELDOUT_EVERY - 1))
 
 
 def moments_for(

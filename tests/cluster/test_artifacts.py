@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -189,3 +191,16 @@ CHANGES: dict[str, tuple[Callable[[EditRequest], EditRequest], bool]] = {
 def test_only_what_is_optimised_matters_of_a_fact(name: str) -> None:
     change, matters = CHANGES[name]
     assert (a_target_digest(change(REQUEST)) != a_target_digest()) == matters
+
+
+def test_what_killed_runs_have_left_goes_after_a_day(artifacts: Artifacts) -> None:
+    artifacts.keep_target(DIGEST, a_target())
+    folder = artifacts.folder / "targets" / DIGEST[:2]
+    old, young = folder / "old.partial", folder / "young.partial"
+    for partial in (old, young):
+        partial.touch()
+    two_days_ago = time.time() - 2 * 86_400
+    os.utime(old, (two_days_ago, two_days_ago))
+    artifacts.keep_target(DIGEST, a_target())
+    assert not old.exists() and young.exists()
+    assert artifacts.target(DIGEST, "fact") is not None

@@ -59,6 +59,26 @@ def _current(model: PreTrainedModel, arch: Architecture) -> Tensor:
     return plain_current(model, tokenizer, REQUESTS, LAST, names=_names(arch))
 
 
+def test_facts_that_converge_leave_and_others_join(encoded: list[EncodedRequest]) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer(bos=True)
+    arch = architecture_of(model.config)
+    slow: dict[str, list[float]] = {r.case_id: [] for r in REQUESTS}
+    settings = TargetSettings(steps=12, lr=0.2, loss_threshold=0.0)
+    for request in REQUESTS:
+        one = slow[request.case_id]
+        plain_target(model, tokenizer, request, CONTEXTS, settings, LAST, losses=one)
+    # A loss that one fact passes half way, and the others sooner, later or never.
+    threshold = sorted(slow.values(), key=lambda losses: losses[5])[1][5]
+    settings = TargetSettings(steps=12, lr=0.2, loss_threshold=threshold, tokens_per_batch=60)
+    targets = optimise_targets(model, arch, encoded, layer=LAST, settings=settings)
+    found = {target.case_id: target for target in targets}
+    assert len({len(target.losses) for target in found.values()}) > 1
+    assert {target.converged for target in found.values()} == {True, False}
+    for request in REQUESTS:
+        z_O = plain_target(model, tokenizer, request, CONTEXTS, settings, LAST)
+        torch.testing.assert_close(found[request.case_id].z_O, z_O, atol=2e-4, rtol=1e-3)
+
+
 def test_targets_equal_the_plain_ones(
     family: tuple[PreTrainedModel, Architecture], encoded: list[EncodedRequest]
 ) -> None:

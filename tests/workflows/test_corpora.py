@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,23 @@ class TestFiles:
         assert list(corpus.documents()) == TEXTS  # it can be read again
         other = write(tmp_path / f"d{suffix}", TEXTS, "body")
         assert texts_of(other, column="body") == TEXTS
+
+    def test_checksums_are_kept_and_follow_the_file(self, tmp_path: Path) -> None:
+        path, cache = tmp_path / "c.txt", tmp_path / "checksums"
+        path.write_text("one text")
+        os.utime(path, (1, 1))  # long settled
+
+        def digest() -> str:
+            return replace(open_corpus(path), checksums=cache).digest
+
+        first = digest()
+        assert first == open_corpus(path).digest
+        (kept,) = cache.rglob("*.json")
+        assert digest() == first
+        path.write_text("another text")
+        assert digest() != first
+        kept.write_text("{damaged")
+        assert digest() == open_corpus(path).digest
 
     def test_one_text_file_is_one_document(self, tmp_path: Path) -> None:
         for name, text in zip("bac", TEXTS, strict=True):

@@ -275,6 +275,7 @@ def test_a_gate_that_is_not_met_publishes_nothing_and_keeps_the_z(
     ran = edit(first.base, first.facts, out, cache, "--gate", "efficacy_exact>=101")
     assert ran.code == 3
     assert "efficacy_exact" in ran.error["message"]
+    assert "neighbourhood" in ran.error["message"]  # all that was measured
     assert not out.parent.exists()
     assert len(calls.targets) == 3
     gates = ("--gate", "efficacy>=100", "--gate", "drift_kl<=5")
