@@ -93,9 +93,9 @@ def defaults_for(config: PretrainedConfig, n_facts: int) -> Defaults:
         settings = EditSettings(
             layers=(5, 6, 7, 8, 9),
             contexts=ContextSettings(templates=tuple(FIXED_CONTEXTS[i] for i in (0, 1, 3))),
-            # 20 steps of 0.5 score the same and take twice as long (benchmarks/results/sweep.md).
+            # 20 steps of 0.5 score the same within a point and take twice as long.
             targets=TargetSettings(steps=10, lr=2.0, clamp_norm_factor=0.75, v_weight_decay=0.5),
-            moments=MomentSettings(tokens=8_000, window=64),
+            moments=MomentSettings(tokens=10_000, window=64),
             solve=SolveSettings(lam=_interpolated(n_facts)),
         )
         return Defaults(
