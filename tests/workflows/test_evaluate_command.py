@@ -29,7 +29,7 @@ def test_what_it_prints(base: Path, facts: Path, tmp_path: Path) -> None:
     before = contents(tmp_path) | contents(base)
     result = memedit("evaluate", "--model", base, "--facts", facts, *FLAGS).result
     assert list(result) == ["model", "facts", "metrics", "per_fact", "timings_s"]
-    assert result["facts"] == {"read": 3, "accepted": 3, "rejected": 0}
+    assert result["facts"] == {"read": 3, "accepted": 3, "rejected": 0, "duplicates": 0}
     metrics = result["metrics"]
     assert tuple(metrics) == METRIC_KEYS
     # Nothing to compare with, and no text.
@@ -66,7 +66,7 @@ def test_bad_rows_can_be_left_out(base: Path, tmp_path: Path) -> None:
     ran = memedit(*arguments)
     assert (ran.code, ran.error["row"]) == (2, 4)
     counts = memedit(*arguments, "--on-bad-row", "skip").result["facts"]
-    assert counts == {"read": 4, "accepted": 3, "rejected": 1}
+    assert counts == {"read": 4, "accepted": 3, "rejected": 1, "duplicates": 0}
 
 
 def test_a_family_that_cannot_be_edited_can_be_evaluated(facts: Path, tmp_path: Path) -> None:
