@@ -11,6 +11,7 @@ import json
 import math
 import os
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -90,24 +91,8 @@ class _Stage:
         self.measures.update(measures)
 
 
-class Receiver:
+class Receiver(Progress):
     """A `Progress` that is also a context manager; leaving it closes the picture."""
-
-    def start(self, stage: str, *, total: int | None = None, unit: str = "") -> None:
-        """See `memedit.progress.Progress`."""
-        raise NotImplementedError
-
-    def advance(self, stage: str, done: int = 1, **measures: float) -> None:
-        """See `memedit.progress.Progress`."""
-        raise NotImplementedError
-
-    def finish(self, stage: str) -> None:
-        """See `memedit.progress.Progress`."""
-        raise NotImplementedError
-
-    def message(self, text: str) -> None:
-        """See `memedit.progress.Progress`."""
-        raise NotImplementedError
 
     def close(self, *, failed: bool = False) -> None:
         """End the picture; stages still open are shown as stopped. May be called twice."""
@@ -293,8 +278,9 @@ class _LineProgress(Receiver):
             seconds = self._clock() - state.started
             self._tell("stopped" if failed else "finish", stage, state, seconds)
 
+    @abstractmethod
     def _tell(self, event: str, stage: str, state: _Stage, seconds: float) -> None:
-        raise NotImplementedError
+        """Write what has happened to a stage."""
 
     def _write(self, line: str) -> None:
         self._stream.write(line + "\n")
