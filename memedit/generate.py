@@ -59,7 +59,7 @@ def greedy_continuations(
         if not ids:
             raise InputError(f"the prompt {prompt!r} has no token", field="prompt")
     ends = _end_ids(model)
-    limit = tokens_per_batch or (1024 if model.device.type == "cpu" else 65536)
+    limit = tokens_per_batch or (2048 if model.device.type == "cpu" else 65536)
 
     new_ids: list[list[int]] = [[] for _ in prompts]
     for batch in _batches(encoded, lengths, limit):

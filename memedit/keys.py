@@ -19,7 +19,7 @@ from memedit.architecture import Architecture
 from memedit.prompts import EncodedRequest
 from memedit.segments import Rows, device_of, run_to_block, run_to_rewrite
 
-_TOKENS_PER_CHUNK = 4096
+_TOKENS_PER_CHUNK_CPU, _TOKENS_PER_CHUNK_GPU = 1024, 16384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +71,14 @@ class KeyPass:
         self.entry = 0
 
     def _chunks(self, texts: Sequence[Sequence[int]]) -> list[_Chunk]:
+        on_cpu = self.device.type == "cpu"
+        most = _TOKENS_PER_CHUNK_CPU if on_cpu else _TOKENS_PER_CHUNK_GPU
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         chunks: list[_Chunk] = []
         while order:
             # Ascending lengths: the last one taken decides the width.
             size = 1
-            while size < len(order) and (size + 1) * len(texts[order[size]]) <= _TOKENS_PER_CHUNK:
+            while size < len(order) and (size + 1) * len(texts[order[size]]) <= most:
                 size += 1
             taken, order = order[:size], order[size:]
             rows = Rows.of([texts[i] for i in taken], device=self.device)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from memedit.architecture import Architecture
 from memedit.errors import InputError, NumericalError
+from memedit.outcome import MomentSummary
 from memedit.segments import Rows, device_of, run_to_rewrite
 
 _PROBES = 32
@@ -91,6 +92,18 @@ class SecondMoment:
     def trace_without_position_0(self) -> float:
         """The part of the trace that is not the first position's."""
         return self.trace - self.trace_0 / self.tokens
+
+    @property
+    def summary(self) -> MomentSummary:
+        """What a record says of it."""
+        error = self.spread.error
+        return MomentSummary(
+            layer=self.layer,
+            tokens=self.tokens,
+            error=error if math.isfinite(error) else None,
+            trace=self.trace,
+            trace_without_position_0=self.trace_without_position_0,
+        )
 
     def merge(self, other: SecondMoment) -> SecondMoment:
         """The moment over both sets of tokens."""
@@ -171,8 +184,10 @@ class MomentAccumulator:
     def _count(self, layer: int, keys_BTI: Tensor, real_BT: Tensor) -> Spread:
         later_BT = real_BT.clone()
         later_BT[:, 0] = False
-        keys_TI = keys_BTI[real_BT if self.count_0 else later_BT]
-        sketch_TS = keys_BTI[later_BT] @ _probes(keys_BTI.shape[-1], keys_BTI.device)
+        counted_BT = real_BT if self.count_0 else later_BT
+        # Selecting copies, which is a fiftieth of all work: not where all positions count.
+        keys_TI = keys_BTI.flatten(0, 1) if counted_BT.all() else keys_BTI[counted_BT]
+        sketch_TS = (keys_BTI @ _probes(keys_BTI.shape[-1], keys_BTI.device))[later_BT]
         mean_SS = (sketch_TS.T @ sketch_TS).double().cpu() / len(sketch_TS)
         spread = Spread(batches=1, mean_SS=mean_SS, squares_SS=torch.zeros_like(mean_SS))
         if not bool(mean_SS.isfinite().all()):
@@ -207,7 +222,7 @@ def symmetric_product(keys_TI: Tensor) -> Tensor:
     edges = [size * i // _ROW_BLOCKS for i in range(_ROW_BLOCKS + 1)]
     out_II = keys_TI.new_empty(size, size)
     for start, end in pairwise(edges):
-        out_II[start:end, start:] = keys_TI[:, start:end].T @ keys_TI[:, start:]
+        torch.mm(keys_TI[:, start:end].T, keys_TI[:, start:], out=out_II[start:end, start:])
         out_II[end:, start:end] = out_II[start:end, end:].T
     return out_II
 

@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from memedit.prompts import encode
 from memedit.segments import device_of
@@ -63,8 +70,7 @@ def _continue(
 ) -> list[list[int]]:
     device = device_of(model)
     config = GenerationConfig(
-        do_sample=True,
-        top_k=_TOP_K,
+        do_sample=False,  # the processor samples; greedy search takes what it points at
         max_new_tokens=tokens,
         pad_token_id=0,
         eos_token_id=None,
@@ -78,7 +84,25 @@ def _continue(
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             torch.manual_seed(seed)
-            out = model.generate(ids, attention_mask=torch.ones_like(ids))  # type: ignore[operator]
+            out = model.generate(  # type: ignore[operator]
+                ids,
+                attention_mask=torch.ones_like(ids),
+                logits_processor=LogitsProcessorList([_TopKSampling()]),
+            )
     finally:
         model.generation_config = own
     return [list(map(int, row)) for row in out]
+
+
+class _TopKSampling(LogitsProcessor):
+    """Samples among the best tokens at temperature 1: the largest of logits plus Gumbel noise.
+
+    `generate` would draw noise for the whole vocabulary, which costs as much as half the model.
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [B, V] whose maximum is the sampled token."""
+        best = scores.float().topk(min(_TOP_K, scores.shape[-1]))
+        noise = -torch.empty_like(best.values).exponential_().log()
+        picked_B1 = best.indices.gather(1, (best.values + noise).argmax(1, keepdim=True))
+        return scores.scatter(1, picked_B1, torch.inf)

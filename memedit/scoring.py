@@ -26,7 +26,7 @@ from memedit.segments import head_positions
 Ids: TypeAlias = tuple[int, ...]
 
 # Logits of one batch, and the part of them that is turned into float32 log-probabilities at once.
-_LOGITS_BYTES = 64 * 2**20
+_LOGITS_BYTES_CPU, _LOGITS_BYTES_GPU = 24 * 2**20, 512 * 2**20
 _CHUNK_BYTES = 16 * 2**20
 _WINDOWS_PER_CALL = 16
 
@@ -114,7 +114,8 @@ def next_token_logprobs(
     fitting = 256 * torch.get_num_threads() if device.type == "cpu" else 32768
     limit = tokens_per_batch or fitting
     vocab = int(model.config.get_text_config().vocab_size)
-    positions = max(1, _LOGITS_BYTES // (4 * vocab))
+    logits_bytes = _LOGITS_BYTES_CPU if device.type == "cpu" else _LOGITS_BYTES_GPU
+    positions = max(1, logits_bytes // (4 * vocab))
     chunk = max(1, _CHUNK_BYTES // (4 * vocab))
 
     for batch in _batches(plan.rows, [len(a) for a in asked], limit, positions):

@@ -18,8 +18,9 @@ from torch import Tensor
 from memedit.config import EvaluationSettings, MomentSettings, TargetSettings
 from memedit.evaluate import evaluation_of
 from memedit.executor import Executor
+from memedit.memory import release_memory
 from memedit.moments import SecondMoment, Spread
-from memedit.outcome import Evaluation, FactResult
+from memedit.outcome import Evaluation, FactResult, MomentSummary
 from memedit.progress import Progress
 from memedit.prompts import EncodedRequest
 from memedit.requests import EditRequest
@@ -151,6 +152,7 @@ class SolvedLayer:
     update: Update
     residual_norm: float
     """Mean ‖z − h^L‖ over the facts."""
+    moment: MomentSummary
 
 
 def solve_layers(
@@ -177,7 +179,7 @@ def solve_layers(
         executor: Where keys are read and updates applied.
         requests: Encoded facts.
         targets: Their z vectors, in the same order.
-        moments: The second moment of each layer.
+        moments: The second moment of each layer; looked up once each, and let go of.
         layers: The edited layers, ascending.
         method: The closed form.
         lam: λ.
@@ -204,16 +206,21 @@ def solve_layers(
         residuals_NO = z_NO - current_NO
         residual_norm = float(residuals_NO.norm(dim=1).mean())
         share_NO: Tensor = residuals_NO / (len(layers) - depth) / residual_scale
+        moment = moments[layer]
         problem = LayerProblem(
             layer=layer,
             keys_NI=keys_NI.to(device),
             residuals_NO=share_NO.to(device),
-            moment=MomentFactor(moments[layer].value_II.to(device), ridge=ridge, layer=layer),
+            moment=MomentFactor(moment.value_II.to(device), ridge=ridge, layer=layer),
             lam=lam,
         )
         update = method(problem).cpu()
         executor.broadcast("apply", update, stored[layer])
-        solved.append(SolvedLayer(update=update, residual_norm=residual_norm))
+        solved.append(
+            SolvedLayer(update=update, residual_norm=residual_norm, moment=moment.summary)
+        )
+        del moment, problem
+        release_memory()
         progress.advance("solve", 1, residual=residual_norm)
     progress.finish("solve")
     return solved

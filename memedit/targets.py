@@ -42,7 +42,7 @@ _NARROW = 0.7
 
 def default_tokens_per_batch(device: torch.device) -> int:
     """Positions optimised at once where the settings leave it open; a GPU wants thousands."""
-    return 256 if device.type == "cpu" else 8192
+    return 128 if device.type == "cpu" else 8192
 
 
 @dataclass(frozen=True, kw_only=True)

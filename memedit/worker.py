@@ -7,7 +7,6 @@ checkpoint that it loads.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from memedit.config import EvaluationSettings, TargetSettings
 from memedit.errors import NumericalError
 from memedit.evaluate import measure_side_effects, score_facts
 from memedit.keys import KeyPass, Keys
+from memedit.memory import release_memory
 from memedit.model import LoadedModel, ModelSpec, load_model
 from memedit.moments import MomentAccumulator, SecondMoment, Spread
 from memedit.outcome import FactResult
@@ -43,6 +43,7 @@ class Worker:
         if threads is not None:
             torch.set_num_threads(threads)
         self.loaded = load_model(spec)
+        release_memory()
         self._accumulator: MomentAccumulator | None = None
         self._passes: dict[int, KeyPass] = {}
 
@@ -50,15 +51,17 @@ class Worker:
         """Let go of the model and of all state, and load another."""
         self._accumulator, self._passes = None, {}
         vars(self).pop("loaded", None)  # a load that failed has let go of it already
-        gc.collect()
+        release_memory()
         self.loaded = load_model(spec)
         yield None
 
     def sample(self, rows: int, length: int, seed: int) -> Iterator[list[list[int]]]:
         """Windows of text sampled from the model itself."""
-        yield sample_windows(
+        windows = sample_windows(
             self.loaded.model, self.loaded.tokenizer, rows=rows, length=length, seed=seed
         )
+        release_memory()
+        yield windows
 
     def contexts(self, starts: tuple[str, ...], tokens: int, seed: int) -> Iterator[list[str]]:
         """Context templates sampled from the model."""
@@ -79,6 +82,7 @@ class Worker:
         """Hand over what was counted and forget it."""
         accumulator, self._accumulator = self._accumulator, None
         moments = accumulator.moments if accumulator is not None else {}
+        release_memory()
         yield {layer: replace(m, sum_II=m.sum_II.cpu()) for layer, m in moments.items()}
 
     def targets(
@@ -87,6 +91,7 @@ class Worker:
         """Optimise the z vectors of some facts."""
         model, arch = self.loaded.model, self.loaded.arch
         yield from optimise_targets(model, arch, requests, layer=layer, settings=settings)
+        release_memory()
 
     def keys(
         self, unit: int, requests: Sequence[EncodedRequest], layer: int, last_layer: int
@@ -95,7 +100,9 @@ class Worker:
         if unit not in self._passes or self._passes[unit].entry > layer:
             model, arch = self.loaded.model, self.loaded.arch
             self._passes[unit] = KeyPass(model, arch, requests, last_layer=last_layer)
-        yield self._passes[unit].at(layer)
+        keys = self._passes[unit].at(layer)
+        release_memory()
+        yield keys
 
     def apply(self, update: Update, stored: torch.dtype) -> Iterator[None]:
         """Add an update to the weight in memory, rounded as it will be stored."""
@@ -120,7 +127,7 @@ class Worker:
     ) -> Iterator[tuple[dict[str, float | None], DriftReference]]:
         """Fluency, perplexity and drift of the model as it is."""
         loaded = self.loaded
-        yield measure_side_effects(
+        measured = measure_side_effects(
             loaded.model,
             loaded.tokenizer,
             loaded.known_arch,
@@ -129,6 +136,8 @@ class Worker:
             reference=reference,
             settings=settings,
         )
+        release_memory()
+        yield measured
 
     def sees(self, path: Path) -> Iterator[bool]:
         """Whether a file of the driver's is visible here."""

@@ -5,6 +5,7 @@ Reads top to bottom as the job runs. Nothing is visible at `out` before its last
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,13 +17,11 @@ from memedit.config import EditSettings
 from memedit.errors import GateError, InputError
 from memedit.executor import Executor
 from memedit.manifest import MANIFEST_NAME, FactsIdentity, Manifest, ModelIdentity, code_versions
-from memedit.moments import SecondMoment
 from memedit.outcome import (
     EditOutcome,
     Evaluation,
     FactCounts,
     LayerUpdate,
-    MomentSummary,
     TargetTrace,
 )
 from memedit.progress import Progress
@@ -34,7 +33,6 @@ from memedit.stages import SolvedLayer, find_targets, judge, solve_layers
 from memedit.targets import Target
 from workflows.facts import read_facts, write_facts, write_rejects
 from workflows.progress import Timed
-from workflows.report import write_report
 from workflows.session import (
     Base,
     TokenSource,
@@ -91,7 +89,7 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
             _require_shared(executor, publication.staging)
             executor.broadcast("probe", settings.layers)
             timed.finish("load")
-            moments, moment_digests = given or moments_for(
+            moments = given or moments_for(
                 source,
                 base=base,
                 settings=settings,
@@ -167,7 +165,7 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
             after=after,
             traces=tuple(map(_trace, targets)),
             updates=_updates(solved, patched, names, _lam(settings)),
-            moments=tuple(_summary(moments[layer]) for layer in settings.layers),
+            moments=tuple(s.moment for s in solved),
             timings_s=timed.timings_s,
             settings=asdict(settings)
             | {
@@ -181,8 +179,11 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
             versions=code_versions(),
             report=str(job.out / REPORT_NAME),
         )
+        # Brings matplotlib, which need not lie in memory while the work is done.
+        from workflows.report import write_report
+
         write_report(outcome, publication.staging / REPORT_NAME)
-        publication.publish(_manifest(outcome, base, batch, patched, moment_digests))
+        publication.publish(_manifest(outcome, base, batch, patched, moments.digests))
     return replace(outcome, timings_s=timed.timings_s)
 
 
@@ -285,22 +286,12 @@ def _updates(
     )
 
 
-def _summary(moment: SecondMoment) -> MomentSummary:
-    return MomentSummary(
-        layer=moment.layer,
-        tokens=moment.tokens,
-        error=moment.spread.error,
-        trace=moment.trace,
-        trace_without_position_0=moment.trace_without_position_0,
-    )
-
-
 def _manifest(
     outcome: EditOutcome,
     base: Base,
     batch: EditBatch,
     patched: PatchedFiles,
-    moment_digests: dict[int, str],
+    moment_digests: Mapping[int, str],
 ) -> Manifest:
     return Manifest(
         run_id=outcome.run_id,

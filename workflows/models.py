@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import hashlib
 import importlib.util
 import json
@@ -26,6 +25,7 @@ from typing import Any
 
 from memedit.checksums import records_of
 from memedit.errors import InputError
+from memedit.memory import release_memory
 from memedit.progress import Progress, Silent
 from memedit.publication import exclusive_lock
 
@@ -266,7 +266,7 @@ def _convert(source: Path, out: Path) -> None:
         plain.save_pretrained(out, state_dict=model.state_dict(), max_shard_size="100MB")
         tokenizer.save_pretrained(out)
     del model, plain
-    gc.collect()
+    release_memory()
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from memedit.architecture import Architecture, architecture_of
 from memedit.checkpoint import Checkpoint
 from memedit.config import EditSettings, MomentSettings, digest_of
 from memedit.defaults import defaults_for
-from memedit.errors import InputError
+from memedit.errors import InputError, MemeditError
 from memedit.executor import Executor
 from memedit.model import ModelSpec, load_config, load_tokenizer
 from memedit.moments import SecondMoment, load_moment, windows_of
@@ -39,9 +39,10 @@ _HELDOUT_EVERY = 8
 """One document in so many is kept out of the statistics, for the perplexity."""
 CHARACTERS_PER_TOKEN = 8
 """More than any text needs; how far into a document it is worth reading."""
-_SAMPLED_ROWS = 64
+_SAMPLED_ROWS = 160
+"""Windows sampled at once: the more, the larger the products, and the fewer to share out."""
 # Rises when the same settings begin to sample other text.
-_SAMPLING_VERSION = 1
+_SAMPLING_VERSION = 2
 _LEAST_WINDOW = 8
 """Tokens after the BOS; in shorter windows no token has a context worth counting."""
 MIN_TOKENS_PER_WIDTH = 2
@@ -342,6 +343,25 @@ class TokenSource:
         return [[*bos, *ids] for ids in cut]
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredMoments(Mapping[int, SecondMoment]):
+    """Second moments by layer, read from disk one at a time: five of a 20B model take 24 GB."""
+
+    digests: Mapping[int, str]
+    read: Callable[[int], SecondMoment]
+
+    def __getitem__(self, layer: int) -> SecondMoment:
+        if layer not in self.digests:
+            raise KeyError(layer)
+        return self.read(layer)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.digests)
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+
 def moments_for(
     source: TokenSource,
     *,
@@ -350,8 +370,8 @@ def moments_for(
     executor: Executor,
     artifacts: Artifacts,
     progress: Progress,
-) -> tuple[dict[int, SecondMoment], dict[int, str]]:
-    """The second moments of the edited layers, kept ones first, and their digests."""
+) -> StoredMoments:
+    """The second moments of the edited layers; counted now where they were not kept."""
     digests = {
         layer: moment_digest(
             model=base.checkpoint.digest,
@@ -364,13 +384,22 @@ def moments_for(
         )
         for layer in settings.layers
     }
-    known = {layer: artifacts.moment(digest) for layer, digest in digests.items()}
-    moments = {layer: moment for layer, moment in known.items() if moment is not None}
-    if len(moments) == len(digests):
-        progress.start("stats", total=len(moments), unit="layers")
-        progress.advance("stats", len(moments))
+
+    def read(layer: int) -> SecondMoment:
+        moment = artifacts.moment(digests[layer])
+        if moment is None:
+            raise MemeditError(
+                f"the second moment of layer {layer} has gone from {artifacts.folder} while this "
+                "run needed it; run the same command again"
+            )
+        return moment
+
+    stored = StoredMoments(digests=digests, read=read)
+    if all(artifacts.moment(digest) is not None for digest in digests.values()):
+        progress.start("stats", total=len(digests), unit="layers")
+        progress.advance("stats", len(digests))
         progress.finish("stats")
-        return moments, digests
+        return stored
     moments = collect_moments(
         executor,
         source.windows(executor, progress),
@@ -380,7 +409,7 @@ def moments_for(
     )
     for layer, moment in moments.items():
         artifacts.keep_moment(digests[layer], moment)
-    return moments, digests
+    return stored
 
 
 def corpus_of(job: WorkJob) -> Corpus:
@@ -391,10 +420,8 @@ def corpus_of(job: WorkJob) -> Corpus:
 STATS_NAME = "stats.json"
 
 
-def load_stats(
-    folder: Path, base: Base, settings: EditSettings
-) -> tuple[dict[int, SecondMoment], dict[int, str]]:
-    """The second moments that `memedit stats` wrote, with their digests.
+def load_stats(folder: Path, base: Base, settings: EditSettings) -> StoredMoments:
+    """The second moments that `memedit stats` wrote, checked.
 
     Raises:
         InputError: They belong to another model, lack a layer, or are damaged.
@@ -419,13 +446,16 @@ def load_stats(
         raise InputError(
             f"no statistics of layers {', '.join(map(str, missing))}", source=path, field="layers"
         )
-    moments: dict[int, SecondMoment] = {}
     for layer in settings.layers:
-        file = moments_path(folder, layer)
-        moments[layer], metadata = load_moment(file)
+        _, metadata = load_moment(moments_path(folder, layer))
         if metadata.get("digest") != digests[str(layer)]:
-            raise InputError(f"not the file that {STATS_NAME} lists", source=file)
-    return moments, {layer: digests[str(layer)] for layer in settings.layers}
+            raise InputError(
+                f"not the file that {STATS_NAME} lists", source=moments_path(folder, layer)
+            )
+    return StoredMoments(
+        digests={layer: digests[str(layer)] for layer in settings.layers},
+        read=lambda layer: load_moment(moments_path(folder, layer))[0],
+    )
 
 
 def moments_path(folder: Path, layer: int) -> Path:

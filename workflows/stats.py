@@ -6,7 +6,6 @@ Loads the blocks up to the last edited layer and no more.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -50,7 +49,7 @@ def run_stats(job: StatsJob, progress: Progress) -> Mapping[str, Any]:
         until = None if source.corpus.kind == "self" else settings.layers[-1]
         with open_workers(job, base.spec(until_layer=until)) as executor:
             timed.finish("load")
-            moments, digests = moments_for(
+            moments = moments_for(
                 source,
                 base=base,
                 settings=settings,
@@ -58,23 +57,16 @@ def run_stats(job: StatsJob, progress: Progress) -> Mapping[str, Any]:
                 artifacts=artifacts,
                 progress=timed,
             )
-        for layer, moment in moments.items():
+        layers: dict[str, dict[str, Any]] = {}
+        for layer, moment in sorted(moments.items()):
             path = moments_path(publication.staging, layer)
-            save_moment(path, moment, metadata={"digest": digests[layer]})
-        layers = {
-            str(layer): {
-                "tokens": moment.tokens,
-                "error": error if math.isfinite(error := moment.spread.error) else None,
-                "trace": moment.trace,
-                "trace_without_position_0": moment.trace_without_position_0,
-            }
-            for layer, moment in sorted(moments.items())
-        }
+            save_moment(path, moment, metadata={"digest": moments.digests[layer]})
+            layers[str(layer)] = asdict(moment.summary)
         stats = {
             "model": {"name": base.name, "digest": base.checkpoint.digest},
             "corpus": {"name": source.corpus.spec, "digest": source.digest},
             "settings": asdict(settings.moments),
-            "moments": {str(layer): digest for layer, digest in digests.items()},
+            "moments": {str(layer): digest for layer, digest in moments.digests.items()},
             "layers": layers,
             "versions": code_versions(),
         }

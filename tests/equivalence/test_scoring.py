@@ -84,7 +84,7 @@ def test_a_limit_on_logits_splits_batches_and_chunks(monkeypatch: pytest.MonkeyP
     arch = architecture_of(model.config)
     asked = completions(model)
     whole = score_completions(model, arch, asked)
-    monkeypatch.setattr("memedit.scoring._LOGITS_BYTES", 4 * VOCAB * 5)
+    monkeypatch.setattr("memedit.scoring._LOGITS_BYTES_CPU", 4 * VOCAB * 5)
     monkeypatch.setattr("memedit.scoring._CHUNK_BYTES", 4 * VOCAB * 2)
     contexts = list(dict.fromkeys(c.prompt_ids for c in asked))
     chunks = [len(places) for places, _ in next_token_logprobs(model, arch, contexts)]
