@@ -38,11 +38,13 @@ from memedit.segments import (
 
 # A fact narrower than this share of its batch would be padding for the most part.
 _NARROW = 0.7
+# Each row also holds the states before its positions, and logits: as much as some positions more.
+_POSITIONS_BESIDE = 4
 
 
 def default_tokens_per_batch(device: torch.device) -> int:
     """Positions optimised at once where the settings leave it open; a GPU wants thousands."""
-    return 128 if device.type == "cpu" else 8192
+    return 256 if device.type == "cpu" else 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,7 @@ def optimise_targets(
             # Refilling at half keeps a batch large without preparing facts one by one.
             rows = [row for fact in active for row in fact.rows]
             widest = max((len(row.suffix_ids) for row in rows), default=0)
-            if waiting and len(rows) * widest <= budget // 2:
+            if waiting and _weight(len(rows), widest) <= budget / 2:
                 shapes = ((rows_of(request), width(request)) for request in waiting)
                 joining = fitting(shapes, budget=budget, rows=len(rows), widest=widest)
                 taken = [waiting.popleft() for _ in range(joining)]
@@ -165,7 +167,8 @@ def fitting(
 
     Args:
         shapes: Rows and width of the facts that wait, the widest first.
-        budget: Positions that the batch may have, padding counted; a single fact may have more.
+        budget: Positions that the batch may have, padding and some more for each row counted; a
+            single fact may have more.
         rows: Rows in the batch already.
         widest: Their width.
     """
@@ -173,12 +176,16 @@ def fitting(
     for more, wide in shapes:
         widest = max(widest, wide)
         # Much narrower facts wait for a batch of their own, unless this one would be small.
-        ragged = wide < _NARROW * widest and rows * widest >= budget / 2
-        if rows and (ragged or (rows + more) * widest > budget):
+        ragged = wide < _NARROW * widest and _weight(rows, widest) >= budget / 2
+        if rows and (ragged or _weight(rows + more, widest) > budget):
             break
         rows += more
         joining += 1
     return joining
+
+
+def _weight(rows: int, widest: int) -> int:
+    return rows * (widest + _POSITIONS_BESIDE)
 
 
 def whole_batches(requests: Sequence[EncodedRequest], *, budget: int) -> list[list[EncodedRequest]]:

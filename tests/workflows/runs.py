@@ -118,7 +118,7 @@ def without_plots(patch: pytest.MonkeyPatch) -> None:
     def write(outcome: EditOutcome, path: Path) -> None:
         path.write_text(f"<html>{outcome.run_id}</html>")
 
-    patch.setattr("workflows.edit.write_report", write)
+    patch.setattr("workflows.report.write_report", write)
 
 
 def one_thread() -> dict[str, str]:

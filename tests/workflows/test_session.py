@@ -208,17 +208,17 @@ def test_the_digest_of_sampled_text_follows_what_it_is_sampled_with(
 
 
 def test_sampling_is_a_stage_that_tells_how_far_it_is(tmp_path: Path) -> None:
-    source = source_of(open_corpus("self"), tmp_path, tokens=100 * WINDOW)
+    source = source_of(open_corpus("self"), tmp_path, tokens=200 * WINDOW)
     told = Told()
     executor = cast(Executor, Sampler())
     counted = source.windows(executor, cast(Progress, told))
     assert told.heard == [
-        ("start", "stats", 100, "windows"),
-        ("advance", "stats", 36),
-        ("advance", "stats", 64),
+        ("start", "stats", 200, "windows"),
+        ("advance", "stats", 40),
+        ("advance", "stats", 160),
         ("finish", "stats"),
     ]
-    assert [window[0] for window in counted] == [1] * 64 + [3] * 36  # in the order of the units
+    assert [window[0] for window in counted] == [1] * 160 + [3] * 40  # in the order of the units
     told.heard.clear()
     heldout = source.heldout(executor, cast(Progress, told))
     assert told.heard[0] == ("start", "stats", 7, "windows") and told.heard[-1][0] == "finish"
