@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from memedit.config import MomentSettings, TargetSettings, digest_of
 from memedit.errors import InputError
-from memedit.moments import SecondMoment, load_moment, save_moment
+from memedit.moments import SecondMoment, check_moment, load_moment, save_moment
 from memedit.requests import EditRequest
 from memedit.targets import Target
 
@@ -91,9 +91,17 @@ class Artifacts:
         """A second moment, if it was kept."""
         path = self._path("moments", digest)
         try:
-            return load_moment(path)[0] if path.exists() else None
+            return load_moment(path) if path.exists() else None
         except InputError:
             return None
+
+    def has_moment(self, digest: str) -> bool:
+        """Whether a second moment was kept; does not read its matrix."""
+        try:
+            check_moment(self._path("moments", digest))
+        except InputError:
+            return False
+        return True
 
     def keep_moment(self, digest: str, moment: SecondMoment) -> None:
         """Keep a second moment under its digest."""
@@ -111,10 +119,10 @@ class Artifacts:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads((file.metadata() or {})["target"])
                 z_O = file.get_tensor("z_O")
-        except (SafetensorError, OSError, KeyError, ValueError):
+            losses = tuple(facts.pop("losses"))
+            return Target(case_id=case_id, z_O=z_O, losses=losses, **facts)
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError):
             return None
-        losses = tuple(facts.pop("losses"))
-        return Target(case_id=case_id, z_O=z_O, losses=losses, **facts)
 
     def keep_target(self, digest: str, target: Target) -> None:
         """Keep a z vector under its digest."""

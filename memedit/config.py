@@ -37,8 +37,9 @@ class TargetSettings:
     kl_factor: float = 0.0625
     loss_threshold: float = 0.05
     tokens_per_batch: int | None = None
-    """Token positions (facts times contexts times length) that are optimised at once; None for what
-    suits the device. Changes speed and memory, and only the last bits of the result."""
+    """Token positions (facts times contexts times length, and a few more for what each row holds
+    beside them) that are optimised at once; None for what suits the device. Changes speed and
+    memory, and only the last bits of the result."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from memedit.targets import fitting, needs_kl_row
 _SKETCH_WIDTH = 32  # of the convergence estimate of the second moments
 _TOKENS_PER_COUNT = 2048  # tokens of one batch of the statistics
 _FLOAT64 = 8
+_MOST_SAMPLED = 160
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +265,15 @@ def sampling_work(shape: ModelShape, *, tokens: int, window: int) -> Amount:
     )
 
 
+def sampled_at_once(shape: ModelShape, *, window: int) -> int:
+    """How many windows to sample at once: their states take at most half as much as the weights.
+
+    The more, the larger the products; the fewer, the more workers can share them.
+    """
+    states = shape.blocks * shape.state_width * window
+    return max(1, min(_MOST_SAMPLED, shape.parameters // 2 // states))
+
+
 def targets_work(shape: ModelShape, *, layer: int, texts: TextCounts, steps: int) -> Amount:
     """Operations of the z vectors if no fact stops early.
 
@@ -387,10 +397,23 @@ def worker_memory(
     }
 
 
+def sampling_memory(shape: ModelShape, *, window: int, itemsize: int) -> Amount:
+    """Bytes in a worker while it samples text: the states of the windows, and logits."""
+    rows = sampled_at_once(shape, window=window)
+    states = shape.blocks * shape.state_width
+    return Amount(
+        value=rows * (window * states * itemsize + 12 * shape.vocab),
+        how=f"{rows} windows × ({window} × {si(states)} states × {itemsize}"
+        f" + 12 × {shape.vocab:,} logits)",
+    )
+
+
 def driver_memory(
     shape: ModelShape, *, layers: Sequence[int], edits: int, itemsize: int
 ) -> dict[str, Amount]:
-    """Bytes in the driver: moments to the end, one layer's system, updates, one tensor at a time.
+    """Bytes in the driver: counted moments, one layer's system, updates, one tensor at a time.
+
+    The moments are put on disk before the z vectors are sought, and come back one by one.
 
     Args:
         shape: The model.

@@ -11,13 +11,23 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from memedit.errors import InputError
+from memedit.errors import InputError, NumericalError
+from memedit.model import positions_of
 from memedit.prompts import encode
 
 # Any token: what is padded is masked, or behind the end of a text.
 _PAD = 0
+# Keys and values of every token stay in memory: about 1 MB a token for a 6B model in float32.
+_TOKENS_PER_BATCH_CPU, _TOKENS_PER_BATCH_GPU = 2048, 8192
 
 
 @torch.inference_mode()
@@ -30,6 +40,9 @@ def greedy_continuations(
     tokens_per_batch: int | None = None,
 ) -> list[str]:
     """Continue each prompt with the most probable token at each step, until the end of the text.
+
+    A continuation also ends where the model reads no further; after a prompt that leaves no
+    position it is empty.
 
     Plain greedy: repetition penalties and the like in the model's own generation config are not
     applied. Deterministic on one machine.
@@ -46,6 +59,7 @@ def greedy_continuations(
 
     Raises:
         InputError: A prompt without a token.
+        NumericalError: The model gives NaN or an infinity.
     """
     lengths: list[int] = (
         [max_new_tokens for _ in prompts]
@@ -58,11 +72,14 @@ def greedy_continuations(
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids:
             raise InputError(f"the prompt {prompt!r} has no token", field="prompt")
+    positions = positions_of(model.config)
+    lengths = [int(min(n, positions - len(ids))) for n, ids in zip(lengths, encoded, strict=True)]
     ends = _end_ids(model)
-    limit = tokens_per_batch or (2048 if model.device.type == "cpu" else 65536)
+    fitting = _TOKENS_PER_BATCH_CPU if model.device.type == "cpu" else _TOKENS_PER_BATCH_GPU
+    limit = tokens_per_batch or fitting
 
     new_ids: list[list[int]] = [[] for _ in prompts]
-    for batch in _batches(encoded, lengths, limit):
+    for batch in _batches(encoded, lengths, limit, positions):
         width = max(len(encoded[i]) for i in batch)
         padding = [width - len(encoded[i]) for i in batch]
         ids_BT = [[_PAD] * p + encoded[i] for p, i in zip(padding, batch, strict=True)]
@@ -71,6 +88,7 @@ def greedy_continuations(
             input_ids=torch.tensor(ids_BT, device=model.device),
             attention_mask=torch.tensor(mask_BT, device=model.device),
             generation_config=_greedy(max(lengths[i] for i in batch), sorted(ends)),
+            logits_processor=LogitsProcessorList([_Finite()]),
         )
         for i, row in zip(batch, output[:, width:].tolist(), strict=True):
             row = row[: lengths[i]]
@@ -80,6 +98,17 @@ def greedy_continuations(
         _continuation(tokenizer, prompt_ids, ids)
         for prompt_ids, ids in zip(encoded, new_ids, strict=True)
     ]
+
+
+class _Finite(LogitsProcessor):
+    """Ends the work at the first NaN, which would be taken for the most probable token."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores [B, V] as they are."""
+        # A maximum carries a NaN through; a token that can never come is rightly -inf.
+        if not scores.amax(-1).isfinite().all():
+            raise NumericalError("the model's logits are not finite numbers")
+        return scores
 
 
 def _end_ids(model: PreTrainedModel) -> set[int]:
@@ -110,16 +139,21 @@ def _greedy(max_new_tokens: int, ends: list[int]) -> GenerationConfig:
 
 
 def _batches(
-    encoded: Sequence[Sequence[int]], lengths: Sequence[int], tokens: int
+    encoded: Sequence[Sequence[int]], lengths: Sequence[int], tokens: int, positions: float
 ) -> Iterator[list[int]]:
-    """Prompts to be continued, by rising length, in batches within `tokens` (padded)."""
+    """Prompts to be continued, by rising length, in batches within `tokens` (padded).
+
+    All rows of a batch take as many steps as its longest continuation: its width, steps included,
+    stays within `positions` too.
+    """
     batch: list[int] = []
     steps = 0
     for i in sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), lengths[i])):
         if lengths[i] < 1:
             continue
         longest = max(steps, lengths[i])
-        if batch and (len(batch) + 1) * (len(encoded[i]) + longest) > tokens:
+        width = len(encoded[i]) + longest
+        if batch and ((len(batch) + 1) * width > tokens or width > positions):
             yield batch
             batch, longest = [], lengths[i]
         batch.append(i)

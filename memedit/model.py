@@ -6,6 +6,7 @@ Knows transformers' loaders; does not know model names (`workflows.models`) or c
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -88,6 +89,12 @@ def load_config(folder: Path) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         raise InputError(f"the config could not be read: {error}", source=folder) from error
     return config
+
+
+def positions_of(config: PretrainedConfig) -> float:
+    """How many positions the model reads; infinite where its family sets no limit."""
+    text_config = config.get_text_config(decoder=True)
+    return getattr(text_config, "max_position_embeddings", None) or math.inf
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

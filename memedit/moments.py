@@ -245,17 +245,30 @@ def save_moment(path: Path, moment: SecondMoment, *, metadata: dict[str, str]) -
     save_file(tensors, path, metadata=metadata)
 
 
-def load_moment(path: Path) -> tuple[SecondMoment, dict[str, str]]:
-    """Read what `save_moment` wrote, and its metadata.
+def check_moment(path: Path) -> dict[str, str]:
+    """The metadata of a file that `save_moment` wrote; it is whole, and its matrices are not read.
 
     Raises:
         InputError: The file is not such a file, or is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            file.get_tensor("counts")
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"not a second moment: {error}", source=path) from error
+
+
+def load_moment(path: Path) -> SecondMoment:
+    """Read what `save_moment` wrote.
+
+    Raises:
+        InputError: The file is not such a file, or is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
             layer, tokens, trace_0, batches = file.get_tensor("counts").tolist()
-            moment = SecondMoment(
+            return SecondMoment(
                 layer=int(layer),
                 sum_II=file.get_tensor("sum_II"),
                 tokens=int(tokens),
@@ -268,4 +281,3 @@ def load_moment(path: Path) -> tuple[SecondMoment, dict[str, str]]:
             )
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"not a second moment: {error}", source=path) from error
-    return moment, metadata

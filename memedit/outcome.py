@@ -1,7 +1,7 @@
 """What a run yields: the evaluation before and after, and the trace of how it got there.
 
 Plain data that survives JSON. Knows no model, no file and no terminal: `memedit.evaluate` and
-`memedit.edit` fill it, `workflows.tables` and `workflows.report` show it.
+`workflows.edit` fill it, `workflows.tables` and `workflows.report` show it.
 """
 
 from __future__ import annotations

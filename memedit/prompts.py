@@ -75,6 +75,38 @@ def encode_completion(
     return prompt_ids, list(tokenizer(f" {target}", add_special_tokens=False)["input_ids"])
 
 
+def check_prompts(
+    tokenizer: PreTrainedTokenizerBase, request: EditRequest, positions: float
+) -> None:
+    """Refuse a fact of whose prompts one is too long, with its longest target, for the model.
+
+    Args:
+        tokenizer: The model's.
+        request: The fact; its prompt, its paraphrases and its neighbourhood are looked at.
+        positions: How many the model reads (`memedit.model.positions_of`).
+
+    Raises:
+        InputError: Names the field, the length and the limit.
+    """
+    targets = [target for target in (request.target_new, request.target_true) if target]
+    asked = [("prompt", request.text, target) for target in targets]
+    asked += [("paraphrases", text, target) for text in request.paraphrases for target in targets]
+    for neighbour in request.neighbourhood:
+        for target in (neighbour.target, request.target_new):
+            asked.append(("neighbourhood", neighbour.prompt, target))
+    for field, prompt, target in asked:
+        # A token has a byte at least, and few are added: most texts need no tokenizer to be judged.
+        if 2 * len(f"{prompt} {target}".encode()) <= positions:
+            continue
+        length = sum(map(len, encode_completion(tokenizer, prompt, target)))
+        if length > positions:
+            raise InputError(
+                f"{length} tokens with its target, in {prompt[:40]!r}…; the model reads"
+                f" {positions}",
+                field=field,
+            )
+
+
 def locate_subject(tokenizer: PreTrainedTokenizerBase, template: str, subject: str) -> Located:
     """Fill `subject` into a template with one `{}` and find the subject's last token.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class MomentFactor:
         ridge: Added to the diagonal as a fraction of its mean.
         layer: Named in errors.
 
-    Raises:
+    Raises (when it is first solved with):
         NumericalError: C is not positive definite, that is, too few tokens were counted.
     """
 
@@ -56,13 +57,19 @@ class MomentFactor:
         if ridge:
             self.moment_II = self.moment_II.clone()
             self.moment_II.diagonal().add_(ridge * self.moment_II.diagonal().mean())
+        self.layer = layer
+
+    @cached_property
+    def factor_II(self) -> Tensor:
+        """Lower triangular; made when it is first needed, which solving from sums never does."""
+        factor_II: Tensor
         factor_II, info = torch.linalg.cholesky_ex(self.moment_II)
         if int(info) != 0:
             raise NumericalError(
-                f"the second moment of layer {layer} is singular (pivot {int(info)} of "
-                f"{len(moment_II)}): count more tokens or set solve.ridge (1e-6, say)"
+                f"the second moment of layer {self.layer} is singular (pivot {int(info)} of "
+                f"{len(self.moment_II)}): count more tokens or set solve.ridge (1e-6, say)"
             )
-        self.factor_II = factor_II
+        return factor_II
 
     def solve(self, rows_NI: Tensor) -> Tensor:
         """The product rows · C⁻¹, [N, I]."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from memedit.config import EvaluationSettings, MomentSettings, TargetSettings
 from memedit.evaluate import evaluation_of
 from memedit.executor import Executor
-from memedit.memory import release_memory
+from memedit.memory import trim_memory
 from memedit.moments import SecondMoment, Spread
 from memedit.outcome import Evaluation, FactResult, MomentSummary
 from memedit.progress import Progress
@@ -207,20 +207,20 @@ def solve_layers(
         residual_norm = float(residuals_NO.norm(dim=1).mean())
         share_NO: Tensor = residuals_NO / (len(layers) - depth) / residual_scale
         moment = moments[layer]
+        summary, moment_II = moment.summary, moment.value_II.to(device)
+        del moment  # its sum is as large as its value
         problem = LayerProblem(
             layer=layer,
             keys_NI=keys_NI.to(device),
             residuals_NO=share_NO.to(device),
-            moment=MomentFactor(moment.value_II.to(device), ridge=ridge, layer=layer),
+            moment=MomentFactor(moment_II, ridge=ridge, layer=layer),
             lam=lam,
         )
         update = method(problem).cpu()
         executor.broadcast("apply", update, stored[layer])
-        solved.append(
-            SolvedLayer(update=update, residual_norm=residual_norm, moment=moment.summary)
-        )
-        del moment, problem
-        release_memory()
+        solved.append(SolvedLayer(update=update, residual_norm=residual_norm, moment=summary))
+        del moment_II, problem
+        trim_memory()
         progress.advance("solve", 1, residual=residual_norm)
     progress.finish("solve")
     return solved

@@ -19,7 +19,7 @@ from memedit.config import EvaluationSettings, TargetSettings
 from memedit.errors import NumericalError
 from memedit.evaluate import measure_side_effects, score_facts
 from memedit.keys import KeyPass, Keys
-from memedit.memory import release_memory
+from memedit.memory import release_memory, trim_memory
 from memedit.model import LoadedModel, ModelSpec, load_model
 from memedit.moments import MomentAccumulator, SecondMoment, Spread
 from memedit.outcome import FactResult
@@ -60,7 +60,7 @@ class Worker:
         windows = sample_windows(
             self.loaded.model, self.loaded.tokenizer, rows=rows, length=length, seed=seed
         )
-        release_memory()
+        trim_memory()
         yield windows
 
     def contexts(self, starts: tuple[str, ...], tokens: int, seed: int) -> Iterator[list[str]]:
@@ -82,7 +82,7 @@ class Worker:
         """Hand over what was counted and forget it."""
         accumulator, self._accumulator = self._accumulator, None
         moments = accumulator.moments if accumulator is not None else {}
-        release_memory()
+        trim_memory()
         yield {layer: replace(m, sum_II=m.sum_II.cpu()) for layer, m in moments.items()}
 
     def targets(
@@ -91,7 +91,7 @@ class Worker:
         """Optimise the z vectors of some facts."""
         model, arch = self.loaded.model, self.loaded.arch
         yield from optimise_targets(model, arch, requests, layer=layer, settings=settings)
-        release_memory()
+        trim_memory()
 
     def keys(
         self, unit: int, requests: Sequence[EncodedRequest], layer: int, last_layer: int
@@ -101,7 +101,7 @@ class Worker:
             model, arch = self.loaded.model, self.loaded.arch
             self._passes[unit] = KeyPass(model, arch, requests, last_layer=last_layer)
         keys = self._passes[unit].at(layer)
-        release_memory()
+        trim_memory()
         yield keys
 
     def apply(self, update: Update, stored: torch.dtype) -> Iterator[None]:
@@ -136,7 +136,7 @@ class Worker:
             reference=reference,
             settings=settings,
         )
-        release_memory()
+        trim_memory()
         yield measured
 
     def sees(self, path: Path) -> Iterator[bool]:

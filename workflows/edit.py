@@ -83,11 +83,14 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
             artifacts=artifacts,
         )
         given = load_stats(job.stats, base, settings) if job.stats else None
-        batch = table.batch
 
         with open_workers(job, base.spec()) as executor:
             _require_shared(executor, publication.staging)
             executor.broadcast("probe", settings.layers)
+            contexts = contexts_of(settings, base, executor)
+            if settings.contexts.kind == "sampled":  # not known before the model runs
+                table, encoded = encode_facts(table, base, contexts, on_bad_row=job.on_bad_row)
+            batch = table.batch
             timed.finish("load")
             moments = given or moments_for(
                 source,
@@ -106,9 +109,6 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
                 settings=job.evaluation_settings,
                 progress=timed,
             )
-            contexts = contexts_of(settings, base, executor)
-            if settings.contexts.kind == "sampled":  # not known before the model runs
-                _, encoded = encode_facts(table, base, contexts, on_bad_row="fail")
             targets = _targets(executor, encoded, contexts, base, settings, artifacts, timed)
             solved = solve_layers(
                 executor,
@@ -171,7 +171,8 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
             | {
                 "resolved_contexts": list(contexts),
                 "evaluation": asdict(job.evaluation_settings),
-                "corpus": {"name": str(job.stats or source.corpus.spec), "digest": source.digest},
+                "moments": dict(moments.settings),
+                "corpus": dict(moments.corpus),
                 "dtype": job.dtype,
                 "device": base.device,
                 "architecture": dict(job.architecture),

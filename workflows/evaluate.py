@@ -2,43 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from memedit.checkpoint import Checkpoint
 from memedit.errors import InputError
 from memedit.executor import InlineExecutor
-from memedit.model import ModelSpec, load_tokenizer
+from memedit.model import ModelSpec, load_config, load_tokenizer, positions_of
 from memedit.progress import Progress
-from memedit.prompts import encode
+from memedit.prompts import check_prompts, encode
+from memedit.requests import EditRequest
 from memedit.stages import judge, once
 from workflows.corpora import open_corpus
-from workflows.facts import read_facts
+from workflows.facts import FactTable, read_facts
 from workflows.models import resolve_model
 from workflows.progress import Timed
-from workflows.session import CHARACTERS_PER_TOKEN, device_of_job
+from workflows.session import CHARACTERS_PER_TOKEN, device_of_job, sift
 from workflows.settings import EvaluateJob, ModelJob
 
 
 def run_evaluate(job: EvaluateJob, progress: Progress) -> Mapping[str, Any]:
-    """Run `memedit evaluate`; with `base`, drift is measured against that checkpoint."""
+    """Run `memedit evaluate`; with `base`, drift is measured against that checkpoint.
+
+    Raises:
+        InputError: The input or the settings are wrong, or the weights hold NaN.
+    """
     timed = Timed(progress)
     timed.start("load")
     table = read_facts(job.facts, on_bad_row=job.on_bad_row)
-    requests = table.batch.requests
     settings = job.evaluation_settings
-    reference = None
     spec = spec_of(job, job.model, timed)
-    if job.base is not None:
-        base_spec = spec_of(job, job.base, timed)
-        if _vocabulary(base_spec) != _vocabulary(spec):
-            raise InputError(
-                f"its tokenizer is not that of {job.model}, so its predictions cannot be compared",
-                source=job.base,
-                field="base",
-            )
+    base_spec = None if job.base is None else spec_of(job, job.base, timed)
+    if base_spec is not None and _vocabulary(base_spec) != _vocabulary(spec):
+        raise InputError(
+            f"its tokenizer is not that of {job.model}, so its predictions cannot be compared",
+            source=job.base,
+            field="base",
+        )
+    folders = [each.folder for each in (spec, base_spec) if each is not None]
+    table = _readable(table, folders, on_bad_row=job.on_bad_row)
+    heldout = _heldout(job, spec.folder)
+    for folder in folders:
+        Checkpoint.open(folder).check_finite()
+    requests = table.batch.requests
+    reference = None
+    if base_spec is not None:
         only_drift = replace(settings, fluency_facts=0)
         with InlineExecutor(base_spec) as executor:
             _, reference = once(executor, "damage", requests, (), None, only_drift)
@@ -47,7 +57,7 @@ def run_evaluate(job: EvaluateJob, progress: Progress) -> Mapping[str, Any]:
         evaluation, _ = judge(
             executor,
             requests,
-            heldout=_heldout(job, spec.folder),
+            heldout=heldout,
             reference=reference,
             settings=settings,
             progress=timed,
@@ -69,15 +79,43 @@ def run_evaluate(job: EvaluateJob, progress: Progress) -> Mapping[str, Any]:
     }
 
 
+def _readable(
+    table: FactTable, folders: Sequence[Path], *, on_bad_row: Literal["fail", "skip"]
+) -> FactTable:
+    """The facts that each of the models, whose tokenizers are equal, can read to their ends.
+
+    Raises:
+        InputError: A fact is too long and `on_bad_row` is "fail", or none is left.
+    """
+    tokenizer = load_tokenizer(folders[0])
+    positions = min(positions_of(load_config(folder)) for folder in folders)
+
+    def check(request: EditRequest) -> None:
+        check_prompts(tokenizer, request, positions)
+
+    return sift(table, check, on_bad_row=on_bad_row)[0]
+
+
 def _vocabulary(spec: ModelSpec) -> Mapping[str, int]:
     vocabulary: Mapping[str, int] = load_tokenizer(spec.folder).get_vocab()
     return vocabulary
 
 
 def _heldout(job: EvaluateJob, folder: Path) -> list[list[int]]:
-    """Token ids of the first documents of the job's text, for the perplexity."""
+    """Token ids of the first documents of the job's text, for the perplexity.
+
+    Raises:
+        InputError: There is no such text, or the model cannot read its windows to their ends.
+    """
     if job.text is None:
         return []
+    positions = positions_of(load_config(folder))
+    window = job.evaluation_settings.heldout_window
+    if window > positions:
+        raise InputError(
+            f"{window} tokens; a window has at most {positions}, as far as the model reads",
+            field="evaluation.heldout_window",
+        )
     tokenizer = load_tokenizer(folder)
     wanted = job.evaluation_settings.heldout_tokens
     found: list[list[int]] = []

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from memedit.errors import InputError
 from workflows.gates import parse_gate
-from workflows.settings import ABOVE, AT_LEAST, JOBS, SECTIONS, Job, parse_layers
+from workflows.settings import ABOVE, AT_LEAST, AT_MOST, JOBS, SECTIONS, Job, parse_layers
 from workflows.wording import did_you_mean
 
 JobT = TypeVar("JobT", bound=Job)
@@ -180,7 +180,7 @@ def _check(kind: type[Job], item: Given) -> Any:
         raise item.wrong(f"no such field{did_you_mean(name, fields)}")
     metadata = fields[name].metadata
     value = _coerce(typing.get_type_hints(owner)[name], item)
-    _check_range(value, item, metadata.get("at_least"))
+    _check_range(value, item, metadata.get("at_least"), metadata.get("at_most"))
     if metadata.get("location") or isinstance(value, Path):
         return _located(value, item)
     if name == "run_id" and value is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", value):
@@ -219,15 +219,18 @@ def _coerce(hint: Any, item: Given) -> Any:
         raise item.wrong(f"{error.errors()[0]['msg']}, but it is {item.value!r}") from None
 
 
-def _check_range(value: object, item: Given, at_least: float | None) -> None:
+def _check_range(value: object, item: Given, at_least: float | None, at_most: float | None) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise item.wrong(f"must be a finite number, but it is {value}")
     path = ".".join(item.path)
     least = at_least if at_least is not None else AT_LEAST.get(path)
     if least is not None and value < least:
         raise item.wrong(f"must be at least {least:g}, but it is {value}")
+    most = at_most if at_most is not None else AT_MOST.get(path)
+    if most is not None and value > most:
+        raise item.wrong(f"must be at most {most}, but it is {value}")
     if path in ABOVE and value <= ABOVE[path]:
         raise item.wrong(f"must be above {ABOVE[path]:g}, but it is {value}")
 

@@ -1,8 +1,8 @@
 """`memedit plan`: what `edit` would do with these facts and this model, without doing it.
 
-Reads the facts, the config, the tokenizer and the headers of the shards; where the weights are not
-here yet, config.json and the index are enough. Loads no model. The arithmetic is in `memedit.cost`;
-here it meets files, the settings of a job and the measured rate of the machine.
+Reads the facts, the config, the tokenizer and, in search of NaN, every weight once; where these are
+not here yet, config.json and the index are enough. Loads no model. The arithmetic is in
+`memedit.cost`; here it meets files, the settings of a job and the measured rate of the machine.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from memedit.cost import (
     driver_memory,
     evaluation_work,
     keys_work,
+    sampling_memory,
     sampling_work,
     shape_of,
     si,
@@ -95,6 +96,7 @@ def run_plan(job: PlanJob, progress: Progress) -> Mapping[str, Any]:
     names = [base.arch.checkpoint_key(i, base.checkpoint.names) for i in settings.layers]
     if not absent:
         base.checkpoint.check_editable(names)
+        base.checkpoint.check_finite()
     check_window(settings.moments, base)
     corpus = None if job.stats else corpus_of(job)
     if corpus is not None:
@@ -371,17 +373,18 @@ def _memory(
     )
     stored = max(base.checkpoint.info(name).dtype.itemsize for name in names)
     driver = driver_memory(shape, layers=settings.layers, edits=texts.facts, itemsize=stored)
+    if job.corpus == "self" and job.stats is None:
+        worker["sampling"] = sampling_memory(
+            shape, window=settings.moments.window, itemsize=itemsize
+        )
     # Stages come one after the other; keys and states stay while a layer is solved.
-    held = driver["moments"].value + driver["updates"].value
-    at_solve = held + max(driver["solve"].value, driver["publish"].value)
+    at_solve = driver["updates"].value + max(driver["solve"].value, driver["publish"].value)
     model, keys = worker["model"].value, worker["keys"].value
-    peaks = {"statistics": worker["statistics"].value, "targets": worker["targets"].value}
+    peaks = {name: amount.value for name, amount in worker.items() if name not in ("model", "keys")}
     worker_peak = model + max(*peaks.values(), keys)
-    beside = {
-        "statistics": peaks["statistics"],
-        "targets": peaks["targets"] + driver["moments"].value,
-        "keys and solve": keys + at_solve,
-    }
+    beside = {**peaks, "keys and solve": keys + at_solve}
+    # What each worker has counted arrives at once, and is added up.
+    gathered = driver["moments"].value * (workers + 1 if workers > 1 else 1)
     if job.executor == "inline":
         stage = max(beside, key=lambda name: beside[name])
         total = {
@@ -392,7 +395,7 @@ def _memory(
     else:
         total = {
             "each_worker_mb": _mb(_INTERPRETER_BYTES + worker_peak),
-            "driver_mb": _mb(_INTERPRETER_BYTES + at_solve),
+            "driver_mb": _mb(_INTERPRETER_BYTES + max(gathered, at_solve)),
         }
     parts = {f"worker_{name}": amount for name, amount in worker.items()}
     parts |= {f"driver_{name}": amount for name, amount in driver.items()}

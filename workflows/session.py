@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -21,13 +21,22 @@ from cluster.executors import open_executor
 from memedit.architecture import Architecture, architecture_of
 from memedit.checkpoint import Checkpoint
 from memedit.config import EditSettings, MomentSettings, digest_of
+from memedit.cost import sampled_at_once, shape_of
 from memedit.defaults import defaults_for
 from memedit.errors import InputError, MemeditError
 from memedit.executor import Executor
-from memedit.model import ModelSpec, load_config, load_tokenizer
-from memedit.moments import SecondMoment, load_moment, windows_of
+from memedit.model import ModelSpec, load_config, load_tokenizer, positions_of
+from memedit.moments import SecondMoment, check_moment, load_moment, windows_of
 from memedit.progress import Progress
-from memedit.prompts import BARE, FIXED_CONTEXTS, EncodedRequest, encode, encode_request
+from memedit.prompts import (
+    BARE,
+    FIXED_CONTEXTS,
+    EncodedRequest,
+    check_prompts,
+    encode,
+    encode_request,
+)
+from memedit.requests import EditRequest
 from memedit.stages import collect_moments, once
 from memedit.targets import default_tokens_per_batch
 from workflows.corpora import Corpus, open_corpus, sample_documents
@@ -35,12 +44,12 @@ from workflows.facts import FactTable
 from workflows.models import resolve_model
 from workflows.settings import ModelJob, WorkJob
 
+T = TypeVar("T")
+
 _HELDOUT_EVERY = 8
 """One document in so many is kept out of the statistics, for the perplexity."""
 CHARACTERS_PER_TOKEN = 8
 """More than any text needs; how far into a document it is worth reading."""
-_SAMPLED_ROWS = 160
-"""Windows sampled at once: the more, the larger the products, and the fewer to share out."""
 # Rises when the same settings begin to sample other text.
 _SAMPLING_VERSION = 2
 _LEAST_WINDOW = 8
@@ -109,7 +118,7 @@ def open_base(job: ModelJob, progress: Progress) -> Base:
         InputError: There is no such model, its files are damaged, or its family cannot be edited.
     """
     resolved = resolve_model(job.model, cache=job.cache_folder, progress=progress)
-    checkpoint = Checkpoint.open(resolved.folder, cache=job.cache_folder / "checksums")
+    checkpoint = Checkpoint.open(resolved.folder, cache=job.cache_folder)
     config = load_config(resolved.folder)
     return Base(
         name=resolved.name,
@@ -159,26 +168,44 @@ def encode_facts(
     Raises:
         InputError: A fact was rejected and `on_bad_row` is "fail", or none is left.
     """
-    encoded: list[EncodedRequest] = []
+    positions = positions_of(base.config)
+
+    def encoded(request: EditRequest) -> EncodedRequest:
+        one = encode_request(base.tokenizer, request, contexts)
+        _check_length(one, positions)
+        check_prompts(base.tokenizer, request, positions)
+        return one
+
+    return sift(table, encoded, on_bad_row=on_bad_row)
+
+
+def sift(
+    table: FactTable, read: Callable[[EditRequest], T], *, on_bad_row: Literal["fail", "skip"]
+) -> tuple[FactTable, list[T]]:
+    """What `read` makes of each fact, in canonical order; a fact that it refuses is rejected.
+
+    Raises:
+        InputError: A fact was rejected and `on_bad_row` is "fail", or none is left.
+    """
+    found: list[T] = []
     for request in table.batch:
         try:
-            one = encode_request(base.tokenizer, request, contexts)
-            _check_length(one, base.config)
-            encoded.append(one)
+            found.append(read(request))
         except InputError as error:
             table = table.reject(request.case_id, error.message, field=error.field)
     if on_bad_row == "fail":
         table.require_no_rejects()
     table.require_requests()
-    return table, encoded
+    return table, found
 
 
-def _check_length(encoded: EncodedRequest, config: PretrainedConfig) -> None:
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+def _check_length(encoded: EncodedRequest, positions: float) -> None:
     longest = max(len(text.ids) for text in encoded.contexts) + len(encoded.target_ids)
-    if limit is not None and longest > limit:
+    longest = max(longest, len(encoded.kl.ids))
+    if longest > positions:
         raise InputError(
-            f"{longest} tokens with its context and target; the model reads {limit}", field="prompt"
+            f"{longest} tokens with its context and target; the model reads {positions}",
+            field="prompt",
         )
 
 
@@ -213,7 +240,7 @@ def check_window(settings: MomentSettings, base: Base) -> None:
         InputError: The windows do not fit the model.
     """
     least = len(encode(base.tokenizer, "")) + _LEAST_WINDOW
-    most = getattr(base.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    most = positions_of(base.config)
     if not least <= settings.window <= most:
         upwards = "" if math.isinf(most) else f" and at most {most}, as far as the model reads"
         raise InputError(
@@ -291,9 +318,11 @@ class TokenSource:
         self, executor: Executor, rows: int, progress: Progress, *, heldout: bool
     ) -> list[list[int]]:
         # Held-out text takes the even seeds and counted text the odd ones: they never meet.
+        shape = shape_of(self.base.config, self.base.arch)
+        count = math.ceil(rows / sampled_at_once(shape, window=self.settings.window))
         units = []
-        for i, start in enumerate(range(0, rows, _SAMPLED_ROWS)):
-            size = min(_SAMPLED_ROWS, rows - start)
+        for i in range(count):
+            size = rows * (i + 1) // count - rows * i // count
             seed = (self.settings.seed << 20) + 2 * i + (not heldout)
             units.append((size, self.settings.window, seed))
         parts: dict[int, list[list[int]]] = {}
@@ -349,6 +378,10 @@ class StoredMoments(Mapping[int, SecondMoment]):
 
     digests: Mapping[int, str]
     read: Callable[[int], SecondMoment]
+    corpus: Mapping[str, str]
+    """Name and digest of the text that was counted."""
+    settings: Mapping[str, Any]
+    """Those of `MomentSettings` that it was counted with."""
 
     def __getitem__(self, layer: int) -> SecondMoment:
         if layer not in self.digests:
@@ -394,8 +427,13 @@ def moments_for(
             )
         return moment
 
-    stored = StoredMoments(digests=digests, read=read)
-    if all(artifacts.moment(digest) is not None for digest in digests.values()):
+    stored = StoredMoments(
+        digests=digests,
+        read=read,
+        corpus={"name": source.corpus.spec, "digest": source.digest},
+        settings=asdict(settings.moments),
+    )
+    if all(map(artifacts.has_moment, digests.values())):
         progress.start("stats", total=len(digests), unit="layers")
         progress.advance("stats", len(digests))
         progress.finish("stats")
@@ -414,7 +452,7 @@ def moments_for(
 
 def corpus_of(job: WorkJob) -> Corpus:
     """The job's corpus, opened and checked."""
-    return replace(open_corpus(job.corpus), checksums=job.cache_folder / "checksums")
+    return replace(open_corpus(job.corpus), checksums=job.cache_folder)
 
 
 STATS_NAME = "stats.json"
@@ -430,6 +468,7 @@ def load_stats(folder: Path, base: Base, settings: EditSettings) -> StoredMoment
     try:
         stats = json.loads(path.read_text())
         model, digests = stats["model"]["digest"], stats["moments"]
+        corpus, counted = dict(stats["corpus"]), dict(stats["settings"])
     except FileNotFoundError as error:
         raise InputError(f"holds no {STATS_NAME}", source=folder, field="stats") from error
     except (ValueError, TypeError, KeyError) as error:
@@ -447,14 +486,16 @@ def load_stats(folder: Path, base: Base, settings: EditSettings) -> StoredMoment
             f"no statistics of layers {', '.join(map(str, missing))}", source=path, field="layers"
         )
     for layer in settings.layers:
-        _, metadata = load_moment(moments_path(folder, layer))
+        metadata = check_moment(moments_path(folder, layer))
         if metadata.get("digest") != digests[str(layer)]:
             raise InputError(
                 f"not the file that {STATS_NAME} lists", source=moments_path(folder, layer)
             )
     return StoredMoments(
         digests={layer: digests[str(layer)] for layer in settings.layers},
-        read=lambda layer: load_moment(moments_path(folder, layer))[0],
+        read=lambda layer: load_moment(moments_path(folder, layer)),
+        corpus=corpus,
+        settings=counted,
     )
 
 

@@ -64,6 +64,10 @@ ABOVE: dict[str, float] = {
     "solve.lam": 0,
 }
 """The smallest values that mean something, of section fields; `option` has those of job fields."""
+LARGEST_SEED = 2**32 - 1
+"""Sampling counts on from a seed times 2^20, and torch's generators take 64 bits."""
+AT_MOST: dict[str, float] = {"contexts.seed": LARGEST_SEED, "moments.seed": LARGEST_SEED}
+"""The largest values that work."""
 
 
 def option(
@@ -73,6 +77,7 @@ def option(
     group: str = "Model",
     metavar: str | None = None,
     at_least: float | None = None,
+    at_most: float | None = None,
     positional: bool = False,
     required: bool = False,
     location: bool = False,
@@ -86,6 +91,7 @@ def option(
         group: The heading in `--help`.
         metavar: What stands for the value in `--help`.
         at_least: The smallest value allowed.
+        at_most: The largest value allowed.
         positional: Given without a flag.
         required: No default; the job is refused without it.
         location: A text that may name a file or folder, relative to the job file.
@@ -96,6 +102,7 @@ def option(
         "group": group,
         "metavar": metavar,
         "at_least": at_least,
+        "at_most": at_most,
         "positional": positional,
         "required": required,
         "location": location,
@@ -164,6 +171,7 @@ class ModelJob(Job):
         group="Method",
         metavar="N",
         at_least=0,
+        at_most=LARGEST_SEED,
     )
     run_id: str | None = option(
         None,
@@ -373,7 +381,11 @@ class GenerateJob(ModelJob):
         required=True,
     )
     tokens: int = option(
-        20, "Tokens to add to each prompt.", group="Output", metavar="N", at_least=1
+        20,
+        "Tokens to add to each prompt; fewer where the model reads no further.",
+        group="Output",
+        metavar="N",
+        at_least=1,
     )
 
 

@@ -58,14 +58,15 @@ def run_stats(job: StatsJob, progress: Progress) -> Mapping[str, Any]:
                 progress=timed,
             )
         layers: dict[str, dict[str, Any]] = {}
-        for layer, moment in sorted(moments.items()):
+        for layer in sorted(moments):
+            moment = moments[layer]
             path = moments_path(publication.staging, layer)
             save_moment(path, moment, metadata={"digest": moments.digests[layer]})
             layers[str(layer)] = asdict(moment.summary)
         stats = {
             "model": {"name": base.name, "digest": base.checkpoint.digest},
-            "corpus": {"name": source.corpus.spec, "digest": source.digest},
-            "settings": asdict(settings.moments),
+            "corpus": dict(moments.corpus),
+            "settings": dict(moments.settings),
             "moments": {str(layer): digest for layer, digest in moments.digests.items()},
             "layers": layers,
             "versions": code_versions(),

@@ -21,11 +21,22 @@ from tests.tiny import (
     HIDDEN,
     INNER,
     LAYERS,
+    POSITIONS,
     VOCAB,
     save_tiny,
     tiny_tokenizer,
 )
-from tests.workflows.runs import FACTS, Ran, contents, edit, quick, without_plots, write_rows
+from tests.workflows.runs import (
+    FACTS,
+    Ran,
+    contents,
+    edit,
+    memedit,
+    quick,
+    without_plots,
+    write_rows,
+)
+from workflows.settings import LARGEST_SEED
 
 EDITED = "model.layers.1.mlp.down_proj.weight"
 UNEDITED = "model.layers.3.self_attn.o_proj.weight"
@@ -52,6 +63,14 @@ class World:
         """The second of three rows is changed; a value of None takes the field out."""
         row = {k: v for k, v in (FACTS[1] | changes).items() if v is not None}
         self.rows(FACTS[0], row, FACTS[2])
+
+    def look(self, command: str) -> Ran:
+        """A command that publishes nothing, over the same model and facts."""
+        arguments = ["--model", self.base, "--cache", self.cache, "--json"]
+        if command == "generate":
+            return memedit(command, *arguments, "Rome is", *self.more)
+        layers = ["--layers", "1-2", "--matrix-gflops", "100"] if command == "plan" else []
+        return memedit(command, *arguments, *layers, "--facts", self.facts, *self.more)
 
     def set_weight(self, name: str, value: float) -> None:
         index = json.loads((self.base / "model.safetensors.index.json").read_text())
@@ -226,6 +245,9 @@ OTHER_CASES = {
     ),
     "no such stats": Case(change=_more("--stats", "none"), says="stats.json", source="none"),
     "no such device": Case(change=_more("--device", "gpu"), says="gpu", field="device"),
+    "seed too large": Case(
+        change=_more("--seed", "100000000000000000"), says="at most 4294967295", field="seed"
+    ),
     "run id with a slash": Case(change=_more("--run-id", "../x"), says="../x", field="run_id"),
 }
 
@@ -305,6 +327,62 @@ def test_skipping_everything_is_an_error(world: World) -> None:
     check_nothing_written(world, before)
 
 
+# --- Every command that reads facts or weights -------------------------------------------------
+
+
+LONG = "Much was written of it in the year " + "7" * POSITIONS + " and the answer was"
+LONG_ROWS: dict[str, dict[str, Any]] = {
+    "prompt": {"prompt": f"{LONG} {{}} is"},
+    "paraphrases": {"paraphrases": ["Danielle Darrieux speaks", LONG]},
+    "neighbourhood": {"neighbourhood": [{"prompt": LONG, "target": "English"}]},
+}
+
+
+@pytest.mark.parametrize("command", ["edit", "plan", "evaluate"])
+@pytest.mark.parametrize("field", LONG_ROWS)
+def test_texts_that_are_too_long_for_the_model(world: World, command: str, field: str) -> None:
+    shutil.rmtree(world.base)
+    save_tiny(world.base, "gpt2")
+    world.row(**LONG_ROWS[field])
+    before = contents(world.folder)
+    ran = world.run() if command == "edit" else world.look(command)
+    assert ran.code == 2, ran.stderr
+    assert (ran.error["row"], ran.error["field"]) == (2, field)
+    assert f"the model reads {POSITIONS}" in ran.error["message"]
+    check_nothing_written(world, before)
+
+
+def test_a_subject_too_long_for_the_text_that_must_not_move(world: World) -> None:
+    """Alone it fits with its target; "{} is a" does not."""
+    shutil.rmtree(world.base)
+    save_tiny(world.base, "gpt2")
+    encode = tiny_tokenizer().encode
+    subject = "In " + "7" * (POSITIONS - len(encode("In ")) - len(encode(" Rome")))
+    world.row(subject=subject, prompt="{}", target_new="Rome", target_true=None, paraphrases=None)
+    assert world.look("evaluate").code == 0
+    world.more += ["--set", "contexts.kind=none"]
+    ran = world.run()
+    assert (ran.code, ran.error["row"]) == (2, 2)
+    assert f"the model reads {POSITIONS}" in ran.error["message"]
+
+
+@pytest.mark.parametrize("command", ["plan", "evaluate", "generate"])
+@pytest.mark.parametrize("name", [EDITED, UNEDITED])
+def test_nan_is_found_outside_of_edits_too(world: World, command: str, name: str) -> None:
+    world.set_weight(name, float("nan"))
+    ran = world.look(command)
+    assert (ran.code, ran.error["field"]) == (2, name), ran.stderr
+    assert "NaN" in ran.error["message"] and ran.error["source"].endswith(".safetensors")
+
+
+def test_nan_in_the_base_of_an_evaluation(world: World, saved: Path) -> None:
+    world.set_weight(UNEDITED, float("nan"))
+    world.more += ["--model", saved, "--base", world.base]
+    ran = world.look("evaluate")
+    assert (ran.code, ran.error["field"]) == (2, UNEDITED)
+    assert ran.error["source"].startswith(str(world.base))
+
+
 # --- Families -----------------------------------------------------------------------------------
 
 
@@ -362,4 +440,8 @@ def test_a_wrong_name_is_refused(world: World) -> None:
 def test_the_flags_of_a_good_run_are_good(world: World) -> None:
     """Each case above changes one thing in a job that runs; this is the job."""
     assert "--json" in quick(world.base, world.cache)
+    world.more += ["--seed", LARGEST_SEED]
     assert world.run().code == 0
+    world.more.clear()
+    for command in ("plan", "evaluate", "generate"):
+        assert world.look(command).code == 0

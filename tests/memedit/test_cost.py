@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from memedit.cost import (
     evaluation_work,
     from_factors,
     keys_work,
+    sampled_at_once,
+    sampling_memory,
     sampling_work,
     shape_of,
     si,
@@ -223,6 +226,20 @@ def test_counts_are_of_the_texts(encoded: Sequence[EncodedRequest]) -> None:
     assert texts.tokens_from == rows * max(map(max, lengths)) == texts.batch_from
     assert texts.bare_tokens == sum(e.contexts[0].subject_last + 1 for e in encoded)
     assert count_texts(encoded, tokens_per_batch=1).tokens_from < texts.tokens_from
+
+
+def test_sampled_windows_take_at_most_half_as_much_as_the_weights() -> None:
+    config = tiny_config("llama")
+    tiny = shape_of(config, architecture_of(config))
+    neox = replace(tiny, blocks=44, state_width=2 * 6144, parameters=20_554_567_680, vocab=50_432)
+    rows = sampled_at_once(neox, window=256)
+    assert rows == 74
+    states = rows * 256 * 44 * 2 * 6144
+    assert states <= neox.parameters / 2 < states * (rows + 1) / rows
+    memory = sampling_memory(neox, window=256, itemsize=2)
+    assert memory.value == pytest.approx(2 * states + 12 * 74 * 50_432)
+    assert sampled_at_once(neox, window=8) == 160  # larger products gain nothing more
+    assert sampled_at_once(tiny, window=10**6) == 1
 
 
 def test_workers_share_the_keys_and_nothing_else(encoded: list[EncodedRequest]) -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memedit.errors import InputError
+from memedit.errors import InputError, NumericalError
 from memedit.generate import greedy_continuations
 from memedit.prompts import encode
-from tests.tiny import BOS_ID, DENSE, POST_NORM, tiny_model, tiny_tokenizer
+from tests.tiny import BOS_ID, DENSE, POSITIONS, POST_NORM, tiny_model, tiny_tokenizer
 
 PROMPTS = (
     "The Eiffel Tower is located in the city of",
@@ -59,6 +59,53 @@ def test_equals_argmax_by_argmax_in_small_batches(bos: bool, tokens_per_batch: i
     model, tokenizer = tiny_model("llama"), tiny_tokenizer("sentencepiece", bos=bos)
     got = greedy_continuations(model, tokenizer, PROMPTS, 7, tokens_per_batch=tokens_per_batch)
     assert got == [plain(model, tokenizer, p, 7) for p in PROMPTS]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "opt", "llama"])
+def test_ends_where_the_model_reads_no_further(family: str) -> None:
+    model, tokenizer = tiny_model(family), tiny_tokenizer()
+    model.generation_config.eos_token_id = None
+    prompts = [*PROMPTS, *(long_prompt(tokenizer, POSITIONS - room) for room in (3, 1, 0, -5))]
+    got = greedy_continuations(model, tokenizer, prompts, 40)
+    assert got[:-4] == greedy_continuations(model, tokenizer, PROMPTS, 40)
+    rooms = (3, 1, 0, 0)
+    for prompt, text, room in zip(prompts[-4:], got[-4:], rooms, strict=True):
+        assert bool(text) == bool(room)
+        assert text == (plain(model, tokenizer, prompt, room) if room else "")
+
+
+def test_a_family_without_a_limit_goes_on() -> None:
+    model, tokenizer = tiny_model("bloom"), tiny_tokenizer()
+    prompt = long_prompt(tokenizer, POSITIONS + 5)
+    assert greedy_continuations(model, tokenizer, [prompt], 4) == [
+        plain(model, tokenizer, prompt, 4)
+    ]
+
+
+def long_prompt(tokenizer: PreTrainedTokenizerBase, tokens: int) -> str:
+    """A prompt of so many tokens: the tiny tokenizers know each digit and no two together."""
+    start = "The year "
+    prompt = start + "7" * (tokens - len(encode(tokenizer, start)))
+    assert len(encode(tokenizer, prompt)) == tokens
+    return prompt
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_an_error(value: float) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight[3] = value
+    with pytest.raises(NumericalError, match="not finite"):
+        greedy_continuations(model, tiny_tokenizer(), PROMPTS, 3)
+
+
+def test_a_token_that_can_never_come_is_no_error() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    before = greedy_continuations(model, tokenizer, PROMPTS[:1], 3)
+    head = model.lm_head
+    head.bias = torch.nn.Parameter(torch.zeros(head.weight.shape[0]), requires_grad=False)
+    head.bias[BOS_ID] = -torch.inf
+    assert greedy_continuations(model, tokenizer, PROMPTS[:1], 3) == before
 
 
 def test_stops_at_each_token_that_ends_a_text() -> None:

@@ -16,6 +16,7 @@ from memedit.moments import (
     MomentAccumulator,
     SecondMoment,
     Spread,
+    check_moment,
     load_moment,
     save_moment,
     symmetric_product,
@@ -130,7 +131,8 @@ def test_windows_come_from_all_documents_before_any_gives_two() -> None:
 def test_a_file_gives_back_what_was_saved(tmp_path: Path) -> None:
     moment = _collect(WINDOWS)[2]
     save_moment(tmp_path / "m.safetensors", moment, metadata={"digest": "abc"})
-    loaded, metadata = load_moment(tmp_path / "m.safetensors")
+    path = tmp_path / "m.safetensors"
+    loaded, metadata = load_moment(path), check_moment(path)
     assert torch.equal(loaded.sum_II, moment.sum_II)
     assert (loaded.layer, loaded.tokens, loaded.trace_0) == (2, moment.tokens, moment.trace_0)
     assert loaded.spread.error == moment.spread.error

@@ -78,7 +78,7 @@ def test_too_few_tokens_fail_loudly_and_a_ridge_helps() -> None:
     keys = torch.randn(4, 16, dtype=torch.float64)
     singular = keys.T @ keys / 4
     with pytest.raises(NumericalError, match="layer 7 is singular"):
-        MomentFactor(singular, layer=7)
+        _ = MomentFactor(singular, layer=7).factor_II
     factor = MomentFactor(singular, ridge=1e-3, layer=7)
     assert bool(factor.solve(keys).isfinite().all())
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from memedit.outcome import METRIC_KEYS
-from tests.tiny import save_tiny
+from tests.tiny import POSITIONS, save_tiny, tiny_tokenizer
 from tests.workflows.runs import FACTS, contents, memedit, write_rows
 
 FLAGS = ("--json", "--set", "evaluation.fluency_tokens=4")
@@ -58,6 +58,39 @@ def test_text_gives_the_perplexity(base: Path, facts: Path, tmp_path: Path) -> N
     found = memedit("evaluate", "--model", base, "--facts", facts, "--text", text, *FLAGS)
     # A random model is about as unsure as its vocabulary is large.
     assert 50 < found.result["metrics"]["perplexity"] < 5000
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_prompt_as_long_as_the_model_reads(tmp_path: Path, more: int) -> None:
+    """With its target it fills all positions; nothing is left for a continuation."""
+    model = save_tiny(tmp_path / "model", "gpt2")
+    start, answer = "The year ", " Rome"
+    encode = tiny_tokenizer().encode
+    digits = POSITIONS + more - len(encode(start)) - len(encode(answer))
+    long = {"subject": "The year", "prompt": "{} " + "7" * digits, "target_new": "Rome"}
+    facts = write_rows(tmp_path / "facts.jsonl", [*FACTS, long])
+    ran = memedit("evaluate", "--model", model, "--facts", facts, "--json")
+    if not more:
+        assert len(ran.result["per_fact"]) == 4
+        return
+    assert (ran.code, ran.error["row"], ran.error["field"]) == (2, 4, "prompt")
+    assert f"{POSITIONS + 1} tokens" in ran.error["message"]
+    counts = memedit(
+        *("evaluate", "--model", model, "--facts", facts, "--on-bad-row", "skip", "--json")
+    ).result["facts"]
+    assert (counts["accepted"], counts["rejected"]) == (3, 1)
+
+
+def test_windows_beyond_what_the_model_reads_are_refused(
+    base: Path, facts: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The capital of France is Paris. " * 200)
+    ran = memedit(
+        *("evaluate", "--model", base, "--facts", facts, "--text", text, *FLAGS),
+        *("--set", f"evaluation.heldout_window={POSITIONS + 1}"),
+    )
+    assert (ran.code, ran.error["field"]) == (2, "evaluation.heldout_window")
 
 
 def test_bad_rows_can_be_left_out(base: Path, tmp_path: Path) -> None:

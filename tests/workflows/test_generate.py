@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.tiny import save_tiny
+from tests.tiny import POSITIONS, save_tiny
 from tests.workflows.runs import memedit
 
 PROMPTS = ("The capital of France is", "Big Ben")
@@ -44,6 +44,30 @@ def test_a_family_that_cannot_be_edited_can_be_tried(tmp_path: Path) -> None:
     mixture = save_tiny(tmp_path / "mixtral", "mixtral")
     result = memedit("generate", "--model", mixture, "Rome is", "--tokens", 2, "--json").result
     assert result["continuations"][0]["continuation"]
+
+
+def test_it_ends_where_the_model_reads_no_further(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "gpt2", "gpt2")
+    start = "The year "
+    room = POSITIONS - len(AutoTokenizer.from_pretrained(model)(start)["input_ids"])
+    prompts = [start + "7" * (room - left) for left in (1, 0)]
+    arguments = ("generate", "--model", model, "--tokens", 50, "--json")
+    assert memedit(*arguments, "Rome is", prompts[0]).code == 0
+    ran = memedit(*arguments, "Rome is", prompts[1])
+    assert (ran.code, ran.error["field"]) == (2, "prompts")
+    assert f"'{prompts[1][:40]}'" in ran.error["message"]
+    assert f"{POSITIONS} tokens" in ran.error["message"]
+
+
+def test_too_large_weights_are_no_bad_input(base: Path, tmp_path: Path) -> None:
+    """They are finite, and the model's numbers are not: it fails while running."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.model.norm.weight.data *= 1e38
+    model.lm_head.weight.data *= 1e10
+    model.save_pretrained(tmp_path / "large")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "large")
+    ran = memedit("generate", "--model", tmp_path / "large", "Rome is", "--json")
+    assert (ran.code, ran.error["kind"]) == (1, "NumericalError")
 
 
 def test_no_such_model(tmp_path: Path) -> None:

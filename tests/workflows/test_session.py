@@ -207,18 +207,21 @@ def test_the_digest_of_sampled_text_follows_what_it_is_sampled_with(
     assert source_of(corpus, tmp_path, base=other_card).digest == digests[2]
 
 
-def test_sampling_is_a_stage_that_tells_how_far_it_is(tmp_path: Path) -> None:
+def test_sampling_is_a_stage_that_tells_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workflows.session.sampled_at_once", lambda shape, window: 160)
     source = source_of(open_corpus("self"), tmp_path, tokens=200 * WINDOW)
     told = Told()
     executor = cast(Executor, Sampler())
     counted = source.windows(executor, cast(Progress, told))
     assert told.heard == [
         ("start", "stats", 200, "windows"),
-        ("advance", "stats", 40),
-        ("advance", "stats", 160),
+        ("advance", "stats", 100),
+        ("advance", "stats", 100),
         ("finish", "stats"),
     ]
-    assert [window[0] for window in counted] == [1] * 160 + [3] * 40  # in the order of the units
+    assert [window[0] for window in counted] == [1] * 100 + [3] * 100  # in the order of the units
     told.heard.clear()
     heldout = source.heldout(executor, cast(Progress, told))
     assert told.heard[0] == ("start", "stats", 7, "windows") and told.heard[-1][0] == "finish"

@@ -14,7 +14,9 @@ from workflows.jobfile import load_job
 from workflows.settings import (
     ABOVE,
     AT_LEAST,
+    AT_MOST,
     JOBS,
+    LARGEST_SEED,
     SECTIONS,
     DoctorJob,
     EditJob,
@@ -59,6 +61,12 @@ def test_the_seed_reaches_every_section_that_sets_none() -> None:
     job = load_job(EditJob, flags={**LEAST, "seed": 7}, assignments=["moments.seed=1"])
     settings = job.settings(EditSettings())
     assert (settings.contexts.seed, settings.moments.seed) == (7, 1)
+
+
+def test_the_largest_seed() -> None:
+    assert load_job(EditJob, flags={**LEAST, "seed": LARGEST_SEED}).seed == LARGEST_SEED
+    with pytest.raises(InputError, match=r"--seed \[seed\].*at most"):
+        load_job(EditJob, flags={**LEAST, "seed": LARGEST_SEED + 1})
 
 
 def test_locations_are_relative_to_the_job_file(tmp_path: Path) -> None:
@@ -114,6 +122,10 @@ def test_an_unknown_family_is_described_by_free_names() -> None:
         ("out: ''", "out", "empty"),
         ("run_id: ../x", "run_id", "letters"),
         ("seed: -1", "seed", "at least 0"),
+        ("seed: 4294967296", "seed", "at most 4294967295"),
+        (f"seed: {10**400}", "seed", "at most 4294967295"),
+        ("contexts: {seed: 100000000000000000}", "contexts.seed", "at most 4294967295"),
+        ("moments: {seed: 100000000000000000}", "moments.seed", "at most 4294967295"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_file(
@@ -155,7 +167,7 @@ def test_a_doctor_needs_nothing() -> None:
 
 
 def test_the_bounds_name_fields_that_exist() -> None:
-    for path in [*AT_LEAST, *ABOVE]:
+    for path in [*AT_LEAST, *ABOVE, *AT_MOST]:
         section, name = path.split(".")
         assert name in {f.name for f in dataclasses.fields(SECTIONS[section])}
 

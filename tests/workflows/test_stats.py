@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from memedit.moments import load_moment
+from cluster.artifacts import Artifacts
+from memedit.moments import SecondMoment, check_moment, load_moment
 from memedit.worker import Worker
 from tests.tiny import LAYERS, save_tiny
-from tests.workflows.runs import edit, shards, stats, without_plots, write_rows
-from workflows.session import moments_path
+from tests.workflows.runs import Ran, edit, shards, stats, without_plots, write_rows
+from workflows.session import StoredMoments, moments_path
 
 SENTENCES = [
     f"In the year {1800 + i} the city of Paris was visited by {i} people from Rome and London."
@@ -50,7 +52,8 @@ def test_what_it_prints_and_leaves(base: Path, corpus: Path, tmp_path: Path) -> 
     told = json.loads((out / "stats.json").read_text())
     assert told["layers"] == result["layers"]
     for layer in (1, 2):
-        moment, metadata = load_moment(moments_path(out, layer))
+        path = moments_path(out, layer)
+        moment, metadata = load_moment(path), check_moment(path)
         assert moment.layer == layer
         assert moment.tokens == result["layers"][str(layer)]["tokens"] >= 1024
         assert moment.trace == pytest.approx(result["layers"][str(layer)]["trace"])
@@ -158,3 +161,97 @@ def test_damaged_stats_are_refused(base: Path, tmp_path: Path, damage: str) -> N
     assert ran.code == 2, ran.stderr
     assert str(folder) in ran.error["source"]
     assert not (tmp_path / "out").exists()
+
+
+class Alive:
+    """The second moments that somebody holds: how many there were, at each that was used."""
+
+    def __init__(self) -> None:
+        self._sums: list[weakref.ref[torch.Tensor]] = []
+        self.at_use: list[int] = []
+
+    def made(self, moment: SecondMoment) -> None:
+        self._sums.append(weakref.ref(moment.sum_II))
+
+    def used(self) -> None:
+        sums = [sum_II for ref in self._sums if (sum_II := ref()) is not None]
+        self.at_use.append(len({id(sum_II) for sum_II in sums}))
+
+
+@pytest.fixture
+def alive(monkeypatch: pytest.MonkeyPatch) -> Alive:
+    alive, init, get = Alive(), SecondMoment.__init__, StoredMoments.__getitem__
+
+    def noted(moment: SecondMoment, **values: Any) -> None:
+        init(moment, **values)
+        alive.made(moment)
+
+    def used(moments: StoredMoments, layer: int) -> SecondMoment:
+        moment = get(moments, layer)
+        alive.used()
+        return moment
+
+    monkeypatch.setattr(SecondMoment, "__init__", noted)
+    monkeypatch.setattr(StoredMoments, "__getitem__", used)
+    return alive
+
+
+@pytest.mark.parametrize("origin", ["collected", "kept", "given"])
+def test_an_edit_holds_one_second_moment_at_a_time(
+    base: Path, tmp_path: Path, alive: Alive, origin: str
+) -> None:
+    facts, cache, folder = write_rows(tmp_path / "facts.jsonl"), tmp_path / "cache", tmp_path / "s"
+    more: tuple[object, ...] = ("--layers", "0-3", "--set", "targets.steps=2")
+    if origin != "collected":
+        assert stats(base, folder, cache, layers="0-3").code == 0
+    if origin == "given":
+        more, cache = (*more, "--stats", folder), tmp_path / "other"
+    alive.at_use.clear()
+    ran = edit(base, facts, tmp_path / "out", cache, *more)
+    assert ran.code == 0, ran.stderr
+    assert alive.at_use == [1] * LAYERS
+
+
+@pytest.mark.parametrize("origin", ["collected", "kept"])
+def test_stats_hold_few_second_moments_at_a_time(
+    base: Path, tmp_path: Path, alive: Alive, origin: str
+) -> None:
+    """The one that is read, and at most the one that was saved before it."""
+    if origin == "kept":
+        assert stats(base, tmp_path / "first", tmp_path / "cache", layers="0-3").code == 0
+    alive.at_use.clear()
+    ran = stats(base, tmp_path / "stats", tmp_path / "cache", layers="0-3")
+    assert ran.code == 0, ran.stderr
+    assert len(alive.at_use) == LAYERS
+    assert max(alive.at_use) <= 2
+
+
+@pytest.mark.parametrize(("command", "damage"), [("edit", "removed"), ("stats", "truncated")])
+def test_a_second_moment_that_goes_while_it_is_needed(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, damage: str
+) -> None:
+    facts, cache, out = write_rows(tmp_path / "facts.jsonl"), tmp_path / "cache", tmp_path / "out"
+    keep = Artifacts.keep_moment
+
+    def keep_for_a_moment(artifacts: Artifacts, digest: str, moment: SecondMoment) -> None:
+        keep(artifacts, digest, moment)
+        for path in (cache / "moments").rglob("*.safetensors"):
+            if damage == "removed":
+                path.unlink()
+            else:
+                path.write_bytes(path.read_bytes()[:1000])
+
+    def run() -> Ran:
+        if command == "stats":
+            return stats(base, out, cache)
+        return edit(base, facts, out, cache, "--set", "targets.steps=2")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Artifacts, "keep_moment", keep_for_a_moment)
+        ran = run()
+    assert (ran.code, ran.error["kind"]) == (1, "MemeditError")
+    told = ran.error["message"]
+    assert "second moment of layer 1" in told and str(cache) in told and "again" in told
+    assert "Traceback" not in ran.stderr
+    assert not out.exists()
+    assert run().code == 0
