@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from statistics import fmean, harmonic_mean
+from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,6 +33,9 @@ from memedit.side_effects import (
     fluency,
     measure_drift,
 )
+
+SideEffect = Literal["drift", "fluency", "perplexity"]
+SIDE_EFFECTS: tuple[SideEffect, ...] = ("drift", "fluency", "perplexity")
 
 GENERATION_EXTRA_TOKENS = 5
 """How many tokens beyond the length of the new object a continuation may take to say it."""
@@ -206,7 +210,8 @@ def measure_side_effects(
     heldout: Sequence[Sequence[int]] | None = None,
     reference: DriftReference | None = None,
     settings: EvaluationSettings | None = None,
-) -> tuple[dict[str, float | None], DriftReference]:
+    measures: Collection[SideEffect] = SIDE_EFFECTS,
+) -> tuple[dict[str, float | None], DriftReference | None]:
     """`fluency`, `perplexity`, `drift_kl` and `drift_top1`; None where there is nothing to measure.
 
     Args:
@@ -218,33 +223,58 @@ def measure_side_effects(
         reference: The base's distributions, from the measurement of the unedited model; None makes
             this model the base, whose drift is 0 by definition.
         settings: How much is measured.
+        measures: What is measured.
 
     Returns:
-        The metrics, and the reference to pass to the measurement of the edited model.
+        The metrics, and the reference to pass to the measurement of the edited model (None where
+        drift is not among the measures).
 
     Raises:
         NumericalError: The model gives NaN or an infinity.
     """
     settings = settings or EvaluationSettings()
     batch = settings.tokens_per_batch
-    if reference is None:
-        contexts = drift_contexts(tokenizer, requests, settings.drift_prompts)
-        reference = drift_reference(model, arch, contexts, tokens_per_batch=batch)
-        drift: tuple[float, float] | None = (0.0, 100.0) if contexts else None
-    else:
-        drift = measure_drift(model, arch, reference, tokens_per_batch=batch)
-    told = [request.text for request in requests[: settings.fluency_facts]]
-    metrics: dict[str, float | None] = {
-        "fluency": fluency(model, tokenizer, told, max_new_tokens=settings.fluency_tokens),
-        "perplexity": perplexity(
+    metrics: dict[str, float | None] = {}
+    if "drift" in measures:
+        if reference is None:
+            contexts = drift_contexts(tokenizer, requests, settings.drift_prompts)
+            reference = drift_reference(model, arch, contexts, tokens_per_batch=batch)
+            drift: tuple[float, float] | None = (0.0, 100.0) if contexts else None
+        else:
+            drift = measure_drift(model, arch, reference, tokens_per_batch=batch)
+        metrics["drift_kl"], metrics["drift_top1"] = drift or (None, None)
+    if "fluency" in measures:
+        told = [request.text for request in requests[: settings.fluency_facts]]
+        metrics["fluency"] = fluency(model, tokenizer, told, max_new_tokens=settings.fluency_tokens)
+    if "perplexity" in measures:
+        metrics["perplexity"] = perplexity(
             model,
             arch,
             heldout or (),
             window=settings.heldout_window,
             max_tokens=settings.heldout_tokens,
             tokens_per_batch=batch,
-        ),
-        "drift_kl": drift[0] if drift else None,
-        "drift_top1": drift[1] if drift else None,
-    }
+        )
     return metrics, reference
+
+
+def measurable(requests: Sequence[EditRequest], settings: EvaluationSettings) -> frozenset[str]:
+    """The metrics for which a batch of facts holds what they are measured on."""
+    compared = [r for r in requests if r.target_true is not None]
+    neighbours = any(r.neighbourhood for r in requests)
+    parts = {
+        "efficacy": bool(compared),
+        "paraphrase": any(r.paraphrases for r in compared),
+        "neighbourhood": neighbours,
+    }
+    found = parts | {
+        "score": all(parts.values()),
+        "efficacy_exact": bool(requests),
+        "paraphrase_exact": any(r.paraphrases for r in requests),
+        "neighbourhood_exact": neighbours,
+        "generation": bool(requests),
+        "fluency": settings.fluency_facts > 0,
+        "perplexity": settings.heldout_tokens > 1,
+    }
+    found |= dict.fromkeys(("drift_kl", "drift_top1"), neighbours and settings.drift_prompts > 0)
+    return frozenset(name for name, there in found.items() if there)

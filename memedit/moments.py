@@ -243,6 +243,7 @@ def save_moment(path: Path, moment: SecondMoment, *, metadata: dict[str, str]) -
         "counts": torch.tensor(counts, dtype=torch.float64),
     }
     save_file(tensors, path, metadata=metadata)
+    path.chmod(0o644)  # the library makes files that nobody else can read
 
 
 def check_moment(path: Path) -> dict[str, str]:

@@ -59,8 +59,10 @@ def sample_contexts(
         ids = encode(tokenizer, start)
         whole = _continue(model, [ids], tokens, seed + i)[0]
         text = str(tokenizer.decode(whole, skip_special_tokens=True))
-        # Braces stand for the prompt, and a line break would begin another text.
-        text = " ".join(text.replace("{", " ").replace("}", " ").split())
+        # Braces stand for the prompt, a line break would begin another text, and what cannot be
+        # printed cannot be read in a manifest.
+        text = "".join(c if c.isprintable() and c not in "{}" else " " for c in text)
+        text = " ".join(text.split())
         templates.append(f"{text}. {{}}")
     return templates
 

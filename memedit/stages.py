@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from memedit.config import EvaluationSettings, MomentSettings, TargetSettings
-from memedit.evaluate import evaluation_of
+from memedit.evaluate import SIDE_EFFECTS, evaluation_of
 from memedit.executor import Executor
 from memedit.memory import trim_memory
 from memedit.moments import SecondMoment, Spread
@@ -118,13 +118,15 @@ def find_targets(
     progress.start("targets", total=len(requests), unit="facts")
     found = {r.request.case_id: known[r.request.case_id] for r in requests if _id(r) in known}
     if found:
-        progress.advance("targets", len(found))
+        progress.advance("targets", len(found), reused=len(found))
     missing = [request for request in requests if _id(request) not in found]
     units = [(unit, layer, settings) for unit in target_units(missing, settings)]
-    for _, target in executor.map("targets", units):
+    losses = 0.0
+    for done, (_, target) in enumerate(executor.map("targets", units), start=1):
         found[target.case_id] = target
         keep(target)
-        progress.advance("targets", 1, loss=target.losses[-1])
+        losses += target.losses[-1]
+        progress.advance("targets", 1, loss=losses / done)
     progress.finish("targets")
     return [found[_id(r)] for r in requests]
 
@@ -247,6 +249,20 @@ def judge(
         results[result.case_id] = result
         progress.advance("evaluate", 1)
     facts = tuple(results[request.case_id] for request in requests)
-    measures, reference = once(executor, "damage", requests, heldout, reference, settings)
     progress.finish("evaluate")
+
+    progress.start("evaluate", total=len(SIDE_EFFECTS), unit="measures")
+    told = requests[: settings.fluency_facts]
+    effects: list[tuple[Any, ...]] = [
+        ("drift", requests, (), reference, settings),
+        ("fluency", told, (), None, settings),
+        ("perplexity", (), heldout, None, settings),
+    ]
+    measures: dict[str, float | None] = {}
+    for _, (measured, found) in executor.map("damage", effects):
+        measures |= measured
+        reference = found or reference
+        progress.advance("evaluate", 1)
+    progress.finish("evaluate")
+    assert reference is not None, "drift gives one"
     return evaluation_of(facts, measures), reference

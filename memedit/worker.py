@@ -17,7 +17,7 @@ import torch
 from memedit.architecture import check_additivity
 from memedit.config import EvaluationSettings, TargetSettings
 from memedit.errors import NumericalError
-from memedit.evaluate import measure_side_effects, score_facts
+from memedit.evaluate import SideEffect, measure_side_effects, score_facts
 from memedit.keys import KeyPass, Keys
 from memedit.memory import release_memory, trim_memory
 from memedit.model import LoadedModel, ModelSpec, load_model
@@ -120,12 +120,13 @@ class Worker:
 
     def damage(
         self,
+        measure: SideEffect,
         requests: Sequence[EditRequest],
         heldout: Sequence[Sequence[int]],
         reference: DriftReference | None,
         settings: EvaluationSettings,
-    ) -> Iterator[tuple[dict[str, float | None], DriftReference]]:
-        """Fluency, perplexity and drift of the model as it is."""
+    ) -> Iterator[tuple[dict[str, float | None], DriftReference | None]]:
+        """One side effect of the model as it is; see `measure_side_effects`."""
         loaded = self.loaded
         measured = measure_side_effects(
             loaded.model,
@@ -135,6 +136,7 @@ class Worker:
             heldout=heldout,
             reference=reference,
             settings=settings,
+            measures=(measure,),
         )
         trim_memory()
         yield measured

@@ -5,7 +5,7 @@ Reads top to bottom as the job runs. Nothing is visible at `out` before its last
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from cluster.artifacts import Artifacts, target_digest
 from memedit.checkpoint import Patch, PatchedFiles, write_patched
 from memedit.config import EditSettings
 from memedit.errors import GateError, InputError
+from memedit.evaluate import measurable
 from memedit.executor import Executor
 from memedit.manifest import MANIFEST_NAME, FactsIdentity, Manifest, ModelIdentity, code_versions
 from memedit.outcome import (
@@ -27,11 +28,12 @@ from memedit.outcome import (
 from memedit.progress import Progress
 from memedit.prompts import EncodedRequest
 from memedit.publication import Publication
-from memedit.requests import EditBatch
+from memedit.requests import EditBatch, EditRequest
 from memedit.solve import METHODS
 from memedit.stages import SolvedLayer, find_targets, judge, solve_layers
 from memedit.targets import Target
 from workflows.facts import read_facts, write_facts, write_rejects
+from workflows.findings import METRIC
 from workflows.progress import Timed
 from workflows.session import (
     Base,
@@ -72,6 +74,7 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
             table, base, contexts_of(settings, base, None), on_bad_row=job.on_bad_row
         )
         names = {i: base.arch.checkpoint_key(i, base.checkpoint.names) for i in settings.layers}
+        _check_measurable(job, table.requests)
         base.checkpoint.check_editable(names.values())
         base.checkpoint.check_finite()
         artifacts = Artifacts(job.cache_folder)
@@ -171,6 +174,7 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
             | {
                 "resolved_contexts": list(contexts),
                 "evaluation": asdict(job.evaluation_settings),
+                "heldout": source.corpus.spec,
                 "moments": dict(moments.settings),
                 "corpus": dict(moments.corpus),
                 "dtype": job.dtype,
@@ -251,11 +255,24 @@ def _patch(base: Base, solved: SolvedLayer) -> Patch:
     return patch
 
 
+def _check_measurable(job: EditJob, requests: Sequence[EditRequest]) -> None:
+    """Refuse now, not after hours, a gate on what will not be measured."""
+    found = measurable(requests, job.evaluation_settings)
+    for gate in job.gates:
+        if gate.metric not in found:
+            raise InputError(
+                f"{gate} can never be met: {gate.metric} is measured on "
+                f"{METRIC[gate.metric].needs}, and there is none",
+                source=job.facts,
+                field="gate",
+            )
+
+
 def _check_gates(job: EditJob, after: Evaluation) -> None:
     missed = [reason for gate in job.gates if (reason := gate.check(after.metrics))]
     if missed:
-        measured = ", ".join(f"{k} {v:.4g}" for k, v in after.metrics.items() if v is not None)
-        raise GateError(f"not published: {'; '.join(missed)} (measured: {measured})")
+        measured = (f"  {k} {v:.4g}" for k, v in after.metrics.items() if v is not None)
+        raise GateError("\n".join((f"not published: {'; '.join(missed)}", "measured:", *measured)))
 
 
 def _trace(target: Target) -> TargetTrace:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,9 +48,8 @@ def run_evaluate(job: EvaluateJob, progress: Progress) -> Mapping[str, Any]:
     requests = table.batch.requests
     reference = None
     if base_spec is not None:
-        only_drift = replace(settings, fluency_facts=0)
         with InlineExecutor(base_spec) as executor:
-            _, reference = once(executor, "damage", requests, (), None, only_drift)
+            _, reference = once(executor, "damage", "drift", requests, (), None, settings)
     with InlineExecutor(spec) as executor:
         timed.finish("load")
         evaluation, _ = judge(

@@ -7,7 +7,7 @@ Knows what the metrics mean and how to say it; knows neither terminals nor HTML
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +28,8 @@ class Metric:
     decimals: int = 1
     noise: float = 0.5
     """A change smaller than this is called the same."""
+    needs: str
+    """What it is measured on."""
 
     def show(self, value: float | None) -> str:
         """The value for reading; `n/a` where there is none."""
@@ -47,30 +49,54 @@ def _real(value: float | None) -> bool:
 
 
 METRICS = (
-    Metric(key="efficacy", label="Efficacy", meaning="the new object is likelier than the old"),
-    Metric(key="paraphrase", label="Paraphrase", meaning="the same, on reworded prompts"),
+    Metric(
+        key="efficacy",
+        needs="facts with a target_true",
+        label="Efficacy",
+        meaning="the new object is likelier than the old",
+    ),
+    Metric(
+        key="paraphrase",
+        needs="paraphrases of facts with a target_true",
+        label="Paraphrase",
+        meaning="the same, on reworded prompts",
+    ),
     Metric(
         key="neighbourhood",
+        needs="neighbourhood prompts",
         label="Neighbourhood",
         meaning="facts about other subjects still hold",
     ),
-    Metric(key="score", label="Score", meaning="harmonic mean of the three above"),
+    Metric(
+        key="score",
+        needs="facts with a target_true, paraphrases and neighbourhood prompts",
+        label="Score",
+        meaning="harmonic mean of the three above",
+    ),
     Metric(
         key="efficacy_exact",
+        needs="facts",
         label="Efficacy, exact",
         meaning="every token is the model's first choice",
     ),
     Metric(
-        key="paraphrase_exact", label="Paraphrase, exact", meaning="the same, on reworded prompts"
+        key="paraphrase_exact",
+        needs="paraphrases",
+        label="Paraphrase, exact",
+        meaning="the same, on reworded prompts",
     ),
     Metric(
         key="neighbourhood_exact",
+        needs="neighbourhood prompts",
         label="Neighbourhood, exact",
         meaning="the same, on facts about other subjects",
     ),
-    Metric(key="generation", label="Generation", meaning="free text says the new object"),
+    Metric(
+        key="generation", needs="facts", label="Generation", meaning="free text says the new object"
+    ),
     Metric(
         key="fluency",
+        needs="continuations (evaluation.fluency_facts)",
         label="Fluency",
         meaning="variety of free text; low when it repeats itself",
         percent=False,
@@ -79,6 +105,7 @@ METRICS = (
     ),
     Metric(
         key="perplexity",
+        needs="held-out text (evaluation.heldout_tokens)",
         label="Perplexity",
         meaning="surprise at held-out text; lower is better",
         percent=False,
@@ -88,6 +115,7 @@ METRICS = (
     ),
     Metric(
         key="drift_kl",
+        needs="neighbourhood prompts (evaluation.drift_prompts)",
         label="Drift, KL",
         meaning="shift of the next token elsewhere; lower is better",
         percent=False,
@@ -97,11 +125,26 @@ METRICS = (
     ),
     Metric(
         key="drift_top1",
+        needs="neighbourhood prompts (evaluation.drift_prompts)",
         label="Drift, same top-1",
         meaning="other prompts whose likeliest token stayed",
     ),
 )
 METRIC = {m.key: m for m in METRICS}
+
+
+def resting_on(facts: Sequence[FactResult]) -> dict[str, int]:
+    """How many judgements each metric of facts is a share of."""
+    compared = [f for f in facts if f.efficacy is not None]
+    return {
+        "efficacy": len(compared),
+        "paraphrase": sum(len(f.paraphrase) for f in facts),
+        "neighbourhood": sum(len(f.neighbourhood) for f in facts),
+        "efficacy_exact": len(facts),
+        "paraphrase_exact": sum(len(f.paraphrase_exact) for f in facts),
+        "neighbourhood_exact": sum(len(f.neighbourhood_exact) for f in facts),
+        "generation": len(facts),
+    }
 
 
 def plural(count: int, noun: str) -> str:

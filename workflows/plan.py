@@ -46,8 +46,10 @@ from memedit.scoring import plan_rows
 from memedit.targets import default_tokens_per_batch
 from workflows.corpora import Corpus
 from workflows.facts import FactTable, read_facts
+from workflows.findings import layers_text, plural
 from workflows.models import resolve_model
 from workflows.outline import index_without_weights, outline
+from workflows.progress import duration
 from workflows.rate import measured_rate
 from workflows.session import (
     MIN_TOKENS_PER_WIDTH,
@@ -123,7 +125,14 @@ def run_plan(job: PlanJob, progress: Progress) -> Mapping[str, Any]:
         f"{si(base.checkpoint.size_bytes)}B, + shards rewritten 2 × "
         f"{si(shards['bytes_rewritten'])}B, at {si(FILE_BYTES_PER_S)}B/s",
     }
+    memory = _memory(job, base, settings, shape, texts, names)
+    time = _time(job, device, stages, rates)
+    held = memory.get("process_mb") or memory["each_worker_mb"]
     return {
+        "summary": f"{plural(len(table.requests), 'fact')} into {layers_text(settings.layers)}: "
+        f"about {duration(time['seconds'])} of work and {held:,} MB"
+        f"{'' if 'process_mb' in memory else ' in each worker'}; "
+        f"{len(shards['rewritten'])} of {plural(shards['of'], 'shard')} rewritten",
         "model": {
             "name": base.name,
             "type": base.config.model_type,
@@ -140,8 +149,8 @@ def run_plan(job: PlanJob, progress: Progress) -> Mapping[str, Any]:
         "weights": _weights(base.checkpoint, names),
         "shards": shards,
         "stages": stages,
-        "memory": _memory(job, base, settings, shape, texts, names),
-        "time": _time(job, device, stages, rates),
+        "memory": memory,
+        "time": time,
     }
 
 
@@ -253,6 +262,8 @@ def _method(settings: EditSettings, source: str, contexts: Sequence[str]) -> dic
         "contexts": len(contexts),
         "context_kind": settings.contexts.kind,
         "steps": settings.targets.steps,
+        "lr": settings.targets.lr,
+        "clamp_norm_factor": settings.targets.clamp_norm_factor,
         "defaults": source,
     }
 

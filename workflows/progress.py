@@ -65,9 +65,20 @@ def _count(done: int, total: int | None, unit: str) -> str:
 def _rate(speed: float | None) -> str:
     if not speed:
         return ""
+    if speed >= 1e6:
+        return f"{speed:.2g}/s"
     if speed < 0.1:
         return f"{1 / speed:,.0f} s each"
     return f"{speed:.2g}/s" if speed < 10 else f"{speed:,.0f}/s"
+
+
+def _speed(done: float, measures: Mapping[str, float], seconds: float) -> float | None:
+    """Units a second over the whole stage, without those that were there already.
+
+    Over the whole: units come in bursts, a batch at a time.
+    """
+    fresh = done - measures.get("reused", 0)
+    return fresh / seconds if fresh > 0 and seconds > 0 else None
 
 
 def _measures(values: Mapping[str, float]) -> str:
@@ -218,9 +229,7 @@ class _Done(_Cell):
 
 class _Rate(_Cell):
     def render(self, task: bars.Task) -> Text:
-        over = task.completed / task.elapsed if task.completed and task.elapsed else None
-        speed = (task.speed or over) if task.fields["state"] == "running" else over
-        return Text(_rate(speed), style="dim")
+        return Text(_rate(_task_speed(task)), style="dim")
 
 
 class _Time(_Cell):
@@ -228,10 +237,15 @@ class _Time(_Cell):
         elapsed = task.elapsed or 0.0
         if task.fields["state"] != "running":
             return Text(duration(elapsed))
-        left = task.time_remaining
-        if task.total and left is not None:
-            return Text(f"{_clock_time(left)} left", style="cyan")
+        speed = _task_speed(task)
+        left = (task.total or 0) - task.completed
+        if left > 0 and speed:
+            return Text(f"{_clock_time(left / speed)} left", style="cyan")
         return Text(_clock_time(elapsed), style="cyan")
+
+
+def _task_speed(task: bars.Task) -> float | None:
+    return _speed(task.completed, task.fields["measures"], task.elapsed or 0.0)
 
 
 class _Last(_Cell):
@@ -300,7 +314,7 @@ class PlainProgress(_LineProgress):
         self._write(f"! {text}")
 
     def _tell(self, event: str, stage: str, state: _Stage, seconds: float) -> None:
-        rate = state.done / seconds if seconds > 0 else 0.0
+        rate = _speed(state.done, state.measures, seconds)
         count = _count(state.done, state.total, state.unit)
         last = _measures(state.measures)
         if event == "start":

@@ -26,6 +26,7 @@ from workflows.findings import (
     layers_text,
     plural,
     probability,
+    resting_on,
     sample,
     verdict,
     weakest,
@@ -70,6 +71,7 @@ def render_report(outcome: EditOutcome) -> str:
 
 def _context(outcome: EditOutcome) -> dict[str, Any]:
     before, after = outcome.before.metrics, outcome.after.metrics
+    resting = resting_on(outcome.after.facts)
     found = failures(outcome)
     counts = Counter(f.reason for f in found)
     targets = outcome.settings.get("targets")
@@ -81,7 +83,7 @@ def _context(outcome: EditOutcome) -> dict[str, Any]:
         "layers": layers_text(outcome.layers),
         "headline": [_row(key, before, after) for key in HEADLINE if after.get(key) is not None],
         "metrics": [
-            _row(m.key, before, after)
+            _row(m.key, before, after) | {"count": resting.get(m.key)}
             for m in METRICS
             if before.get(m.key) is not None or after.get(m.key) is not None
         ],

@@ -28,8 +28,10 @@ def show_edit(outcome: EditOutcome, stream: TextIO) -> None:
     console.print(before_after_table(outcome))
     console.print(continuations_table(outcome))
     facts = outcome.facts
+    heldout = outcome.settings.get("heldout")
     rows = [
         ("facts", f"{facts.accepted} of {facts.read} accepted"),
+        ("perplexity of", "text sampled from the model" if heldout == "self" else heldout),
         ("rejects", facts.rejects),
         ("checkpoint", outcome.out),
         ("manifest", outcome.manifest),
@@ -61,7 +63,11 @@ def show_metrics(result: Mapping[str, Any], stream: TextIO) -> None:
         for metric in METRICS
         if metrics.get(metric.key) is not None
     ]
-    _console(stream).print(rows_table(None, ("metric", "value", "meaning"), rows))
+    console = _console(stream)
+    console.print(rows_table(None, ("metric", "value", "meaning"), rows))
+    facts = result["facts"]
+    if facts["rejected"]:
+        console.print(f"{facts['accepted']} of {facts['read']} rows judged; the others are wrong")
 
 
 def show_continuations(result: Mapping[str, Any], stream: TextIO) -> None:

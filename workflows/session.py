@@ -470,7 +470,8 @@ def load_stats(folder: Path, base: Base, settings: EditSettings) -> StoredMoment
         model, digests = stats["model"]["digest"], stats["moments"]
         corpus, counted = dict(stats["corpus"]), dict(stats["settings"])
     except FileNotFoundError as error:
-        raise InputError(f"holds no {STATS_NAME}", source=folder, field="stats") from error
+        wrong = f"holds no {STATS_NAME}" if folder.is_dir() else "no such folder"
+        raise InputError(wrong, source=folder, field="stats") from error
     except (ValueError, TypeError, KeyError) as error:
         raise InputError("not what `memedit stats` writes", source=path) from error
     if model != base.checkpoint.digest:

@@ -63,6 +63,7 @@ def run_stats(job: StatsJob, progress: Progress) -> Mapping[str, Any]:
             path = moments_path(publication.staging, layer)
             save_moment(path, moment, metadata={"digest": moments.digests[layer]})
             layers[str(layer)] = asdict(moment.summary)
+            del moment  # not held while the next one is read
         stats = {
             "model": {"name": base.name, "digest": base.checkpoint.digest},
             "corpus": dict(moments.corpus),

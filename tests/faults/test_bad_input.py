@@ -235,6 +235,11 @@ OTHER_CASES = {
     "no such setting": Case(change=_more("--set", "targets.stepz=3"), says="stepz"),
     "impossible setting": Case(change=_more("--set", "targets.steps=0"), says="steps"),
     "no such gate": Case(change=_more("--gate", "beauty>3"), says="beauty"),
+    "gate on what is not measured": Case(
+        change=_more("--gate", "drift_top1>=90", "--set", "evaluation.drift_prompts=0"),
+        says="drift_top1>=90 can never be met",
+        field="gate",
+    ),
     "context without {}": Case(
         change=_more("--set", "contexts.templates=[Hello]"),
         says="{}",
@@ -243,7 +248,7 @@ OTHER_CASES = {
     "no such architecture setting": Case(
         change=_more("--set", "architecture.rewrit=mlp"), says="rewrit"
     ),
-    "no such stats": Case(change=_more("--stats", "none"), says="stats.json", source="none"),
+    "no such stats": Case(change=_more("--stats", "none"), says="no such folder", source="none"),
     "no such device": Case(change=_more("--device", "gpu"), says="gpu", field="device"),
     "seed too large": Case(
         change=_more("--seed", "100000000000000000"), says="at most 4294967295", field="seed"

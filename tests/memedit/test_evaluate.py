@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from memedit.architecture import architecture_of
 from memedit.config import EvaluationSettings
 from memedit.evaluate import (
+    SIDE_EFFECTS,
     evaluation_of,
+    measurable,
     measure_side_effects,
     says,
     score_facts,
@@ -92,6 +94,39 @@ def result(**changes: Any) -> FactResult:
         logprob_new=-1.0,
     )
     return FactResult(**(values | changes))
+
+
+def test_measures_one_by_one_are_those_of_all_together() -> None:
+    model, heldout = tiny_model("llama"), [[1, 5, 9, 3, 7]]
+    parts = model, tiny_tokenizer(), architecture_of(model.config), FACTS
+    together, reference = measure_side_effects(*parts, heldout=heldout)
+    apart: dict[str, float | None] = {}
+    for measure in SIDE_EFFECTS:
+        one, found = measure_side_effects(*parts, heldout=heldout, measures=(measure,))
+        assert (found is not None) == (measure == "drift")
+        apart |= one
+    assert apart == together
+    assert set(together) == {"fluency", "perplexity", "drift_kl", "drift_top1"}
+    assert reference is not None
+
+
+def test_what_can_be_measured_is_what_is_measured() -> None:
+    model = tiny_model("llama")
+    arch, tokenizer = architecture_of(model.config), tiny_tokenizer()
+    bare = replace(FACTS[-1], case_id="bare", paraphrases=(), target_true=None)
+    for requests in (FACTS, FACTS[-1:], (bare,), (bare, *FACTS[:1])):
+        for settings in (
+            EvaluationSettings(),
+            EvaluationSettings(drift_prompts=0, fluency_facts=0, heldout_tokens=0),
+        ):
+            heldout = [[1, 5, 9, 3, 7]] if settings.heldout_tokens else []
+            facts = score_facts(model, tokenizer, arch, requests, settings=settings)
+            measures, _ = measure_side_effects(
+                model, tokenizer, arch, requests, heldout=heldout, settings=settings
+            )
+            metrics = evaluation_of(facts, measures).metrics
+            measured = {key for key, value in metrics.items() if value is not None}
+            assert measurable(requests, settings) == measured
 
 
 # --------------------------------------------------------------------------------------- by hand

@@ -107,7 +107,8 @@ def test_it_says_what_happened(text):
         assert words in page.text
     assert outcome.after.facts[0].prompt in page.text
     for layer in outcome.layers:
-        assert re.search(rf'<th scope="row" class="n">{layer}</th><td class="n">60,000', text)
+        assert re.search(rf'<th scope="row" class="n">{layer}</th>.*<td class="n">60,000', text)
+    assert f"({len(outcome.after.facts):,} judged)" in page.text
 
 
 HOSTILE = '<script>alert("x")</script><img src=http://evil.example/x onerror=alert(1)>'
