@@ -213,7 +213,8 @@ def contexts_of(settings: EditSettings, base: Base, executor: Executor | None) -
     """The context templates of a run, the bare prompt first.
 
     Raises:
-        InputError: A template has not exactly one `{}`.
+        InputError: A template has not exactly one `{}`, or sampled ones are longer than the model
+            reads.
     """
     chosen = settings.contexts
     if chosen.kind == "none":
@@ -227,6 +228,12 @@ def contexts_of(settings: EditSettings, base: Base, executor: Executor | None) -
                     field="contexts.templates",
                 )
         return (BARE, *templates)
+    longest = max(len(encode(base.tokenizer, start)) for start in chosen.starts)
+    if longest + chosen.sampled_tokens > positions_of(base.config):
+        raise InputError(
+            f"{chosen.sampled_tokens}; the model reads {positions_of(base.config)} tokens",
+            field="contexts.sampled_tokens",
+        )
     if executor is None:
         return (BARE,)  # enough to check the facts before a model is loaded
     templates = once(executor, "contexts", chosen.starts, chosen.sampled_tokens, chosen.seed)

@@ -235,6 +235,11 @@ OTHER_CASES = {
     "no such setting": Case(change=_more("--set", "targets.stepz=3"), says="stepz"),
     "impossible setting": Case(change=_more("--set", "targets.steps=0"), says="steps"),
     "no such gate": Case(change=_more("--gate", "beauty>3"), says="beauty"),
+    "sampled contexts that no model reads": Case(
+        change=_more("--set", "contexts.kind=sampled", "--set", "contexts.sampled_tokens=99999"),
+        says="99999",
+        field="contexts.sampled_tokens",
+    ),
     "gate on what is not measured": Case(
         change=_more("--gate", "drift_top1>=90", "--set", "evaluation.drift_prompts=0"),
         says="drift_top1>=90 can never be met",
