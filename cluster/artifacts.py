@@ -167,6 +167,7 @@ def _write(path: Path, write: Callable[[Path], None]) -> None:
     _remove_stale(path.parent)
     try:
         write(partial)
+        partial.chmod(0o644)  # the library makes files that nobody else can read
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

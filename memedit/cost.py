@@ -337,10 +337,9 @@ def solve_work(shape: ModelShape, *, layers: Sequence[int], edits: int) -> Amoun
             f" + 2 × {n:,} × {i:,} × {o:,}), {n:,} right-hand sides (Woodbury"
         )
     else:
-        each = 2 * i**3 / 3 + 2 * o * i**2 + 2 * n * i * (i + o)
+        each = i**3 / 3 + 2 * o * i**2 + 2 * n * i * (i + o)
         form = (
-            f"2 × {i:,}³/3 + 2 × {o:,} × {i:,}² + 2 × {n:,} × {i:,} × ({i:,} + {o:,})),"
-            " sums over facts (a second Cholesky factor"
+            f"{i:,}³/3 + 2 × {o:,} × {i:,}² + 2 × {n:,} × {i:,} × ({i:,} + {o:,})), sums over facts"
         )
     return Amount(value=m * each, how=f"{m} layers × ({form})")
 
@@ -405,6 +404,15 @@ def sampling_memory(shape: ModelShape, *, window: int, itemsize: int) -> Amount:
         value=rows * (window * states * itemsize + 12 * shape.vocab),
         how=f"{rows} windows × ({window} × {si(states)} states × {itemsize}"
         f" + 12 × {shape.vocab:,} logits)",
+    )
+
+
+def evaluation_memory(shape: ModelShape, *, tokens: int, itemsize: int) -> Amount:
+    """Bytes in a worker while it continues prompts: the states of `tokens` tokens of one batch."""
+    states = shape.blocks * shape.state_width
+    return Amount(
+        value=tokens * states * itemsize,
+        how=f"{tokens:,} tokens × {si(states)} states × {itemsize}",
     )
 
 

@@ -75,8 +75,7 @@ def greedy_continuations(
     positions = positions_of(model.config)
     lengths = [int(min(n, positions - len(ids))) for n, ids in zip(lengths, encoded, strict=True)]
     ends = _end_ids(model)
-    fitting = _TOKENS_PER_BATCH_CPU if model.device.type == "cpu" else _TOKENS_PER_BATCH_GPU
-    limit = tokens_per_batch or fitting
+    limit = tokens_per_batch or default_tokens_per_batch(model.device)
 
     new_ids: list[list[int]] = [[] for _ in prompts]
     for batch in _batches(encoded, lengths, limit, positions):
@@ -109,6 +108,11 @@ class _Finite(LogitsProcessor):
         if not scores.amax(-1).isfinite().all():
             raise NumericalError("the model's logits are not finite numbers")
         return scores
+
+
+def default_tokens_per_batch(device: torch.device) -> int:
+    """Rows times columns of one batch where the settings leave it open."""
+    return _TOKENS_PER_BATCH_CPU if device.type == "cpu" else _TOKENS_PER_BATCH_GPU
 
 
 def _end_ids(model: PreTrainedModel) -> set[int]:

@@ -254,7 +254,9 @@ def check_moment(path: Path) -> dict[str, str]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            file.get_tensor("counts")
+            whole = {"sum_II", "mean_SS", "squares_SS"} <= set(file.keys())
+            if not whole or file.get_tensor("counts").numel() != 4:
+                raise InputError("not a second moment: it lacks a part", source=path)
             return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise InputError(f"not a second moment: {error}", source=path) from error

@@ -48,7 +48,7 @@ class MomentFactor:
         ridge: Added to the diagonal as a fraction of its mean.
         layer: Named in errors.
 
-    Raises (when it is first solved with):
+    Raises (when it is first solved with, which solving from sums never does):
         NumericalError: C is not positive definite, that is, too few tokens were counted.
     """
 
@@ -107,8 +107,8 @@ def solve_memit(problem: LayerProblem) -> Update:
 
 
 def factors_are_cheaper(edits: int, inputs: int, outputs: int) -> bool:
-    """Compare the operations of the two forms, the factor of C being there already."""
-    factors = 2 * edits * inputs**2 + 2 * edits**2 * inputs + edits**3
+    """Compare the operations of the two forms, each with its Cholesky factor."""
+    factors = inputs**3 / 3 + 2 * edits * inputs**2 + 2 * edits**2 * inputs + edits**3
     sums = inputs**3 / 3 + 2 * outputs * inputs**2 + 2 * edits * inputs * (inputs + outputs)
     return factors < sums
 

@@ -218,10 +218,11 @@ def solve_layers(
             moment=MomentFactor(moment_II, ridge=ridge, layer=layer),
             lam=lam,
         )
+        del moment_II  # with a ridge the factor holds another
         update = method(problem).cpu()
         executor.broadcast("apply", update, stored[layer])
         solved.append(SolvedLayer(update=update, residual_norm=residual_norm, moment=summary))
-        del moment_II, problem
+        del problem
         trim_memory()
         progress.advance("solve", 1, residual=residual_norm)
     progress.finish("solve")

@@ -5,7 +5,7 @@ Reads top to bottom as the job runs. Nothing is visible at `out` before its last
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,25 +28,15 @@ from memedit.outcome import (
 from memedit.progress import Progress
 from memedit.prompts import EncodedRequest
 from memedit.publication import Publication
-from memedit.requests import EditBatch, EditRequest
+from memedit.requests import EditBatch
 from memedit.solve import METHODS
 from memedit.stages import SolvedLayer, find_targets, judge, solve_layers
 from memedit.targets import Target
 from workflows.facts import read_facts, write_facts, write_rejects
 from workflows.findings import METRIC
+from workflows.moments import TokenSource, corpus_of, load_stats, moments_for
 from workflows.progress import Timed
-from workflows.session import (
-    Base,
-    TokenSource,
-    contexts_of,
-    corpus_of,
-    encode_facts,
-    load_stats,
-    moments_for,
-    open_base,
-    open_workers,
-    settings_of,
-)
+from workflows.session import Base, contexts_of, encode_facts, open_base, open_workers, settings_of
 from workflows.settings import EditJob, new_run_id
 
 FACTS_NAME = "facts.jsonl"
@@ -74,7 +64,7 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
             table, base, contexts_of(settings, base, None), on_bad_row=job.on_bad_row
         )
         names = {i: base.arch.checkpoint_key(i, base.checkpoint.names) for i in settings.layers}
-        _check_measurable(job, table.requests)
+        _check_measurable(job, measurable(table.requests, job.evaluation_settings))
         base.checkpoint.check_editable(names.values())
         base.checkpoint.check_finite()
         artifacts = Artifacts(job.cache_folder)
@@ -112,6 +102,8 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
                 settings=job.evaluation_settings,
                 progress=timed,
             )
+            # A corpus may have been too small to hold text out.
+            _check_measurable(job, {k for k, v in before.metrics.items() if v is not None})
             targets = _targets(executor, encoded, contexts, base, settings, artifacts, timed)
             solved = solve_layers(
                 executor,
@@ -255,9 +247,8 @@ def _patch(base: Base, solved: SolvedLayer) -> Patch:
     return patch
 
 
-def _check_measurable(job: EditJob, requests: Sequence[EditRequest]) -> None:
+def _check_measurable(job: EditJob, found: Collection[str]) -> None:
     """Refuse now, not after hours, a gate on what will not be measured."""
-    found = measurable(requests, job.evaluation_settings)
     for gate in job.gates:
         if gate.metric not in found:
             raise InputError(

@@ -17,8 +17,9 @@ from memedit.stages import judge, once
 from workflows.corpora import open_corpus
 from workflows.facts import FactTable, read_facts
 from workflows.models import resolve_model
+from workflows.moments import CHARACTERS_PER_TOKEN
 from workflows.progress import Timed
-from workflows.session import CHARACTERS_PER_TOKEN, device_of_job, sift
+from workflows.session import device_of_job, sift
 from workflows.settings import EvaluateJob, ModelJob
 
 

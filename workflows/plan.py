@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from memedit import generate
 from memedit.architecture import architecture_of
 from memedit.checkpoint import Checkpoint
 from memedit.config import EditSettings
@@ -24,6 +25,7 @@ from memedit.cost import (
     TextCounts,
     count_texts,
     driver_memory,
+    evaluation_memory,
     evaluation_work,
     keys_work,
     sampling_memory,
@@ -48,19 +50,11 @@ from workflows.corpora import Corpus
 from workflows.facts import FactTable, read_facts
 from workflows.findings import layers_text, plural
 from workflows.models import resolve_model
+from workflows.moments import MIN_TOKENS_PER_WIDTH, check_window, corpus_of
 from workflows.outline import index_without_weights, outline
 from workflows.progress import duration
 from workflows.rate import measured_rate
-from workflows.session import (
-    MIN_TOKENS_PER_WIDTH,
-    Base,
-    check_window,
-    contexts_of,
-    corpus_of,
-    device_of_job,
-    encode_facts,
-    settings_of,
-)
+from workflows.session import Base, contexts_of, device_of_job, encode_facts, settings_of
 from workflows.settings import PlanJob
 
 EFFICIENCY: Mapping[str, float] = {
@@ -179,7 +173,7 @@ def _open_base(job: PlanJob, progress: Progress) -> tuple[Base, str | None]:
     placed = index_without_weights(resolved.folder)
     checkpoint = None
     if placed is None:
-        checkpoint = Checkpoint.open(resolved.folder, cache=job.cache_folder / "checksums")
+        checkpoint = Checkpoint.open(resolved.folder, cache=job.cache_folder)
     config = load_config(resolved.folder)
     arch = architecture_of(config, job.architecture)
     absent = None
@@ -303,8 +297,8 @@ def _work(
 ) -> dict[str, Amount]:
     layers, moments = settings.layers, settings.moments
     work: dict[str, Amount] = {}
-    if corpus is not None and corpus.kind == "self":
-        tokens = moments.tokens + job.evaluation_settings.heldout_tokens
+    if job.corpus == "self":
+        tokens = job.evaluation_settings.heldout_tokens + (moments.tokens if corpus else 0)
         work["sampling"] = sampling_work(shape, tokens=tokens, window=moments.window)
     if corpus is not None:
         work["statistics"] = statistics_work(
@@ -384,10 +378,17 @@ def _memory(
     )
     stored = max(base.checkpoint.info(name).dtype.itemsize for name in names)
     driver = driver_memory(shape, layers=settings.layers, edits=texts.facts, itemsize=stored)
-    if job.corpus == "self" and job.stats is None:
+    if job.stats is not None:  # nothing is counted
+        del worker["statistics"], driver["moments"]
+    if job.corpus == "self" and (job.stats is None or job.evaluation_settings.heldout_tokens):
         worker["sampling"] = sampling_memory(
             shape, window=settings.moments.window, itemsize=itemsize
         )
+    worker["evaluation"] = evaluation_memory(
+        shape,
+        tokens=generate.default_tokens_per_batch(torch.device(device_of_job(job))),
+        itemsize=itemsize,
+    )
     # Stages come one after the other; keys and states stay while a layer is solved.
     at_solve = driver["updates"].value + max(driver["solve"].value, driver["publish"].value)
     model, keys = worker["model"].value, worker["keys"].value
@@ -395,7 +396,8 @@ def _memory(
     worker_peak = model + max(*peaks.values(), keys)
     beside = {**peaks, "keys and solve": keys + at_solve}
     # What each worker has counted arrives at once, and is added up.
-    gathered = driver["moments"].value * (workers + 1 if workers > 1 else 1)
+    counted = driver["moments"].value if "moments" in driver else 0.0
+    gathered = counted * (workers + 1 if workers > 1 else 1)
     if job.executor == "inline":
         stage = max(beside, key=lambda name: beside[name])
         total = {

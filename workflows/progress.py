@@ -82,7 +82,11 @@ def _speed(done: float, measures: Mapping[str, float], seconds: float) -> float 
 
 
 def _measures(values: Mapping[str, float]) -> str:
-    return "  ".join(f"{_MEASURES.get(k, k.replace('_', ' '))} {v:.3g}" for k, v in values.items())
+    def number(value: float) -> str:
+        return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
+
+    names = {name: _MEASURES.get(name, name.replace("_", " ")) for name in values}
+    return "  ".join(f"{names[name]} {number(value)}" for name, value in values.items())
 
 
 @dataclass

@@ -15,17 +15,9 @@ from memedit.manifest import code_versions
 from memedit.moments import save_moment
 from memedit.progress import Progress
 from memedit.publication import Publication
+from workflows.moments import STATS_NAME, TokenSource, corpus_of, moments_for, moments_path
 from workflows.progress import Timed
-from workflows.session import (
-    STATS_NAME,
-    TokenSource,
-    corpus_of,
-    moments_for,
-    moments_path,
-    open_base,
-    open_workers,
-    settings_of,
-)
+from workflows.session import open_base, open_workers, settings_of
 from workflows.settings import StatsJob, new_run_id
 
 

@@ -121,6 +121,12 @@ def test_what_is_there_already_costs_nothing(model: Path, facts: Path, tmp_path:
     assert "sampling" not in told["stages"]
     assert told["statistics"]["bytes"] == corpus.stat().st_size
     told = plan(model, facts, stats=tmp_path / "stats")
+    assert "statistics" not in told["stages"]
+    assert "driver_moments" not in told["memory"]
+    # Held-out text is sampled all the same.
+    assert told["stages"]["sampling"]["arithmetic"].startswith("2,048 tokens")
+    corpus.write_text('{"text": "The tower stands in Germany."}\n')
+    told = plan(model, facts, corpus=str(corpus), stats=tmp_path / "stats")
     assert not {"sampling", "statistics"} & told["stages"].keys()
 
 

@@ -130,15 +130,15 @@ def test_rich_keeps_finished_stages_as_ticked_lines_with_their_seconds():
 def test_what_was_there_already_is_no_speed():
     out, clock = io.StringIO(), Clock()
     with PlainProgress(out, clock=clock) as progress:
-        progress.start("targets", total=100, unit="facts")
-        progress.advance("targets", 60, reused=60)
+        progress.start("targets", total=6_040, unit="facts")
+        progress.advance("targets", 6_000, reused=6_000)
         clock.now += 10
         progress.advance("targets", 20, loss=0.5)
         clock.now += 10
         progress.finish("targets")
     assert out.getvalue().splitlines()[1:] == [
-        "targets: 80/100 facts, 2/s, 0:10 left, reused 60  z loss 0.5",
-        "targets: done in 20.0 s, 80/100 facts, 1/s, reused 60  z loss 0.5",
+        "targets: 6,020/6,040 facts, 2/s, 0:10 left, reused 6,000  z loss 0.5",
+        "targets: done in 20.0 s, 6,020/6,040 facts, 1/s, reused 6,000  z loss 0.5",
     ]
 
 

@@ -16,7 +16,7 @@ from memedit.moments import SecondMoment, check_moment, load_moment
 from memedit.worker import Worker
 from tests.tiny import LAYERS, save_tiny
 from tests.workflows.runs import Ran, edit, shards, stats, without_plots, write_rows
-from workflows.session import StoredMoments, moments_path
+from workflows.moments import StoredMoments, moments_path
 
 SENTENCES = [
     f"In the year {1800 + i} the city of Paris was visited by {i} people from Rome and London."

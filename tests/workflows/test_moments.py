@@ -19,7 +19,8 @@ from memedit.executor import Executor
 from memedit.progress import Progress, Silent
 from tests.tiny import EOS_ID, POSITIONS, tiny_config, tiny_tokenizer
 from workflows.corpora import Corpus, open_corpus
-from workflows.session import Base, TokenSource
+from workflows.moments import TokenSource
+from workflows.session import Base
 from workflows.settings import StatsJob
 
 WINDOW = 32
@@ -210,7 +211,7 @@ def test_the_digest_of_sampled_text_follows_what_it_is_sampled_with(
 def test_sampling_is_a_stage_that_tells_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workflows.session.sampled_at_once", lambda shape, window: 160)
+    monkeypatch.setattr("workflows.moments.sampled_at_once", lambda shape, window: 160)
     source = source_of(open_corpus("self"), tmp_path, tokens=200 * WINDOW)
     told = Told()
     executor = cast(Executor, Sampler())
