@@ -38,7 +38,7 @@ def run_edit(
     """
     from workflows.models import resolve_model
 
-    folder = resolve_model(model).folder
+    folder = resolve_model(model).files.here
     words = [sys.executable, "-m", "workflows.cli", "edit", "--model", str(folder)]
     words += ["--facts", str(facts), "--corpus", str(corpus), "--out", str(out), "--json"]
     with tempfile.TemporaryDirectory() as cache:

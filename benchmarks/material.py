@@ -88,7 +88,7 @@ def spec_of(args: argparse.Namespace) -> ModelSpec:
     """The model that the arguments name, float32; sets torch's threads."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    return ModelSpec(folder=resolve_model(args.model).folder)
+    return ModelSpec(files=resolve_model(args.model).files)
 
 
 @contextmanager

@@ -312,7 +312,7 @@ def relative_error(found: Tensor, true: Tensor) -> float:
 
 def weigh_job(args: argparse.Namespace) -> dict[str, Any]:
     """Peak memory of `memedit edit` against what it has to hold, with cold caches."""
-    folder = resolve_model(args.model).folder
+    folder = resolve_model(args.model).files.here
     with tempfile.TemporaryDirectory() as out, first_rows(args.facts, args.facts_count) as facts:
         done = run_edit(
             model=args.model,

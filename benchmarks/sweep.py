@@ -40,7 +40,7 @@ from memedit import stages
 from memedit.config import MomentSettings, TargetSettings, digest_of
 from memedit.progress import Silent
 from memedit.prompts import BARE, FIXED_CONTEXTS, EncodedRequest
-from workflows.settings import parse_layers
+from workflows.fields import parse_layers
 
 
 @dataclass(frozen=True, kw_only=True)

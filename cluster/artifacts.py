@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 
 from memedit.config import MomentSettings, TargetSettings, digest_of
 from memedit.errors import InputError
+from memedit.files import File
 from memedit.moments import SecondMoment, check_moment, load_moment, save_moment
 from memedit.requests import EditRequest
 from memedit.targets import Target
@@ -110,6 +112,18 @@ class Artifacts:
             lambda path: save_moment(path, moment, metadata={"digest": digest}),
         )
 
+    def fetched_moment(self, digest: str, file: File) -> Path:
+        """The path of a file that `save_moment` wrote; from another place it is fetched once.
+
+        Raises:
+            InputError: There is no such file, or it cannot be read.
+        """
+        if file.files.here is not None:
+            return file.files.here / file.name
+        if not self.has_moment(digest):
+            _write(self._path("moments", digest), lambda path: _fetch(file, path))
+        return self._path("moments", digest)
+
     def target(self, digest: str, case_id: str) -> Target | None:
         """A z vector, if it was kept; `case_id` is the fact's name in this run."""
         path = self._path("targets", digest)
@@ -171,6 +185,11 @@ def _write(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _fetch(file: File, path: Path) -> None:
+    with file.open() as reader, path.open("wb") as writer:
+        shutil.copyfileobj(reader, writer, 1 << 26)
 
 
 def _remove_stale(folder: Path) -> None:

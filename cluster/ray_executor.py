@@ -26,6 +26,7 @@ import memedit
 from cluster.placement import Machine, Placement, place
 from memedit.errors import InputError, MemeditError
 from memedit.executor import Executor
+from memedit.files import LocalFiles
 from memedit.model import ModelSpec
 from memedit.worker import Worker
 
@@ -71,11 +72,11 @@ class _Actor:
 
     def _here(self, spec: ModelSpec) -> ModelSpec:
         """The same model for this process, which sees other GPUs and perhaps other folders."""
-        if not spec.folder.is_dir():
+        if spec.files.here is not None and not spec.files.here.is_dir():
             raise InputError(
                 f"the worker on {self._node} sees no such folder; put it where every machine of "
-                "the cluster finds it under the same path",
-                source=spec.folder,
+                "the cluster finds it under the same path, or into object storage",
+                source=spec.files.here,
             )
         if spec.device == "cpu":
             return spec
@@ -122,7 +123,8 @@ class RayExecutor(Executor):
                 f"the device {spec.device} needs GPUs: say how many each worker gets, or use cpu",
                 field="gpus_per_worker",
             )
-        spec = replace(spec, folder=spec.folder.absolute())
+        if spec.files.here is not None:
+            spec = replace(spec, files=LocalFiles(spec.files.here.absolute()))
         self.seats: tuple[Seat, ...] = ()
         self._actors: list[Any] = []
         self._connected = False
@@ -358,7 +360,8 @@ def _machines(*, ours: bool) -> list[Machine]:
 
 def _memory_bytes(spec: ModelSpec) -> float:
     """Roughly what a worker takes: weights may double in another dtype, and work needs room."""
-    return 2.0 * sum(path.stat().st_size for path in spec.folder.glob("*.safetensors"))
+    sizes = spec.files.sizes()
+    return 2.0 * sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
 
 
 def _last(text: str) -> str:

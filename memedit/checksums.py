@@ -1,4 +1,4 @@
-"""sha256 of files, several at once, remembered from run to run.
+"""What is known of a file's content, several files at once, remembered from run to run.
 
 Knows that a 41 GB base must not be hashed every night. Does not know what the files are.
 """
@@ -9,63 +9,100 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+import zlib
+from base64 import b64encode
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-SETTLED_NS = 2_000_000_000
-"""A file changed a moment ago may change again within one tick of the file system's clock, so its
-checksum is not remembered yet."""
+from memedit.files import File, file_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
-    """The identity of a file's content; sha256 in hexadecimal."""
+    """The identity of a file's content; sha256 in hexadecimal.
+
+    `sha256` is None for an object that was composed on the storage's side, of which nobody has
+    seen every byte; `checksum` is then the storage's own of the whole object, as `CRC64NVME:…` in
+    base64, where it has one.
+    """
 
     size_bytes: int
-    sha256: str
+    sha256: str | None
+    checksum: str | None = None
 
 
-def record_of(path: Path, *, cache: Path | None = None) -> FileRecord:
+def record_of(file: File | Path, *, cache: Path | None = None) -> FileRecord:
     """Size and sha256 of a file, from `cache` where the file is known there and unchanged.
 
     Args:
-        path: The file; read in chunks.
-        cache: A folder that holds one small JSON file per known path, so that processes cannot
+        file: The file; read in chunks.
+        cache: See `remembered`.
+    """
+    file = file_of(file) if isinstance(file, Path) else file
+
+    def hashed() -> dict[str, Any]:
+        with file.open() as content:
+            sha256 = hashlib.file_digest(content, "sha256").hexdigest()  # type: ignore[arg-type]
+            return {"size_bytes": content.seek(0, os.SEEK_END), "sha256": sha256}
+
+    found = remembered("checksums", file, hashed, cache=cache)
+    return FileRecord(size_bytes=int(found["size_bytes"]), sha256=str(found["sha256"]))
+
+
+def records_of(
+    files: Mapping[str, File | Path], *, cache: Path | None = None
+) -> dict[str, FileRecord]:
+    """`record_of` for many files, several at once."""
+    return at_once(lambda file: record_of(file, cache=cache), files)
+
+
+def crc32_of(file: File) -> str:
+    """CRC32 of a file's content, written as storages do: `CRC32:` and base64."""
+    crc32 = 0
+    with file.open() as content:
+        while piece := content.read(1 << 24):
+            crc32 = zlib.crc32(piece, crc32)
+    return f"CRC32:{b64encode(crc32.to_bytes(4, 'big')).decode()}"
+
+
+def at_once(find: Callable[[Any], T], items: Mapping[str, Any]) -> dict[str, T]:
+    """`find` of many items by name; hashlib and torch let other threads run."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
+        return dict(zip(items, threads.map(find, items.values()), strict=True))
+
+
+def remembered(
+    kind: str, file: File, find: Callable[[], dict[str, Any]], *, cache: Path | None
+) -> dict[str, Any]:
+    """What `find` finds out about a file's content, from `cache` where it is known there.
+
+    Args:
+        kind: What is found out; a folder of `cache`.
+        file: The file; what was found holds while its fingerprint stays as it is.
+        find: Reads the file; gives what JSON has.
+        cache: A folder that holds one small JSON file per known file, so that processes cannot
             disturb each other. A cache that cannot be read or written is done without.
     """
     if cache is None:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return FileRecord(size_bytes=os.fstat(file.fileno()).st_size, sha256=digest)
-    real = path.resolve()
-    entry = cache / "checksums" / f"{hashlib.sha256(os.fsencode(real)).hexdigest()}.json"
-    before = _identity(real)
+        return find()
+    before = file.files.fingerprint(file.name)
+    entry = cache / kind / f"{hashlib.sha256(os.fsencode(before[0])).hexdigest()}.json"
     try:
         known = json.loads(entry.read_bytes())
-        if known["identity"] == before and isinstance(known["sha256"], str):
-            return FileRecord(size_bytes=real.stat().st_size, sha256=known["sha256"])
+        if known["identity"] == before and isinstance(known["found"], dict):
+            return dict(known["found"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    record = record_of(real)
-    if _identity(real) == before and time.time_ns() - real.stat().st_mtime_ns > SETTLED_NS:
-        _keep(entry, {"identity": before, "sha256": record.sha256})
-    return record
-
-
-def records_of(paths: Mapping[str, Path], *, cache: Path | None = None) -> dict[str, FileRecord]:
-    """`record_of` for many files; hashlib lets other threads run, so several at once."""
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
-        records = threads.map(lambda path: record_of(path, cache=cache), paths.values())
-        return dict(zip(paths, records, strict=True))
-
-
-def _identity(real: Path) -> list[Any]:
-    status = real.stat()
-    return [os.fspath(real), status.st_size, status.st_mtime_ns, status.st_ino]
+    found = find()
+    if file.files.fingerprint(file.name) == before and file.files.settled(file.name):
+        _keep(entry, {"identity": before, "found": found})
+    return found
 
 
 def _keep(entry: Path, value: Mapping[str, Any]) -> None:

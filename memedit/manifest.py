@@ -1,7 +1,7 @@
-"""The manifest of a published checkpoint, `memedit.json`: what it is made of and how.
+"""The manifest of a published version, `memedit.json`: what it is made of and how.
 
-Knows the manifest's fields, how to read it without trusting it, and how to compare a folder with
-it. Does not know how a checkpoint is written (`memedit.checkpoint`, `memedit.publication`).
+Knows the manifest's fields and how to read it without trusting it. Does not know how a checkpoint
+is written (`memedit.patching`, `memedit.publication`) or compared with it (`memedit.verify`).
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ import math
 import os
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import memedit
-from memedit.checksums import FileRecord, record_of
+from memedit.checksums import FileRecord
 from memedit.errors import InputError
+from memedit.files import File, Files, files_of, read_object
 
 MANIFEST_NAME = "memedit.json"
-FORMAT_VERSION = 1
+FORMATS = ("full", "delta", "lora")
+FORMAT_VERSION = 2
+"""Format 1 had neither `format` nor `ranks`, and a sha256 of every file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,17 @@ class TensorRecord:
     delta_norm: float
     weight_norm: float
     rounding_error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankRecord:
+    """One update as a product of two thin matrices.
+
+    `truncation_error` is ‖Δ - B·A‖ / ‖Δ‖ in the Frobenius norm, of the factors as stored.
+    """
+
+    rank: int
+    truncation_error: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,20 +84,15 @@ class Manifest:
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     """By path in the version's folder, with `/`; every file but the manifest itself."""
     tensors: Mapping[str, TensorRecord] = field(default_factory=dict)
+    format: str = "full"
+    """`full`: a checkpoint; `delta` or `lora`: what `memedit apply` or PEFT add to the base."""
+    ranks: Mapping[str, RankRecord] = field(default_factory=dict)
+    """Of format `lora`: what became of each update, by checkpoint key."""
     metrics: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     """`before` and `after`, each by the keys of `memedit.outcome.METRIC_KEYS`."""
     versions: Mapping[str, str] = field(default_factory=lambda: code_versions())
     created_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     format_version: int = FORMAT_VERSION
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """One way in which a folder differs from its manifest."""
-
-    file: str
-    kind: Literal["missing", "size", "checksum", "unlisted", "outside"]
-    message: str
 
 
 def code_versions() -> dict[str, str]:
@@ -97,71 +106,39 @@ def code_versions() -> dict[str, str]:
     return versions
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> Path:
-    """Write `memedit.json` into `folder` and wait until it is on the disk.
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The content of `memedit.json`, UTF-8.
 
     Numbers that are not finite become null: JSON has none.
     """
+    values = _plain(asdict(manifest))
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+    return f"{text}\n".encode()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Path:
+    """Write `memedit.json` into `folder` and wait until it is on the disk."""
     path = folder / MANIFEST_NAME
-    with path.open("x", encoding="utf-8") as file:
-        json.dump(_plain(asdict(manifest)), file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
+    with path.open("xb") as file:
+        file.write(manifest_bytes(manifest))
         file.flush()
         os.fsync(file.fileno())
     return path
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(place: Files | Path) -> Manifest:
     """Read and check the manifest of a published version.
 
     Raises:
         InputError: No manifest, one that is damaged or of a newer format, or one that names a
-            file outside its folder.
+            file outside its place.
     """
-    path = folder / MANIFEST_NAME
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise InputError(f"not a version of memedit: no {MANIFEST_NAME}", source=folder) from error
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", source=path) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON: {error}", source=path) from error
-    return _Reader(path).manifest(values)
-
-
-def verify(folder: Path) -> list[Problem]:
-    """Compare every file of a version with its manifest; empty when all is as published.
-
-    Hidden files are left aside. Reads every byte.
-
-    Raises:
-        InputError: The manifest is missing or damaged.
-    """
-    manifest = read_manifest(folder)
-    problems = [p for name, r in sorted(manifest.files.items()) if (p := _check(folder, name, r))]
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
-    for name in sorted(present - manifest.files.keys() - {MANIFEST_NAME}):
-        if not any(part.startswith(".") for part in name.split("/")):
-            problems.append(
-                Problem(file=name, kind="unlisted", message="is not part of this version")
-            )
-    return problems
-
-
-def _check(folder: Path, name: str, listed: FileRecord) -> Problem | None:
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        return Problem(file=name, kind="outside", message="is a link that leaves the folder")
-    if not path.is_file():
-        return Problem(file=name, kind="missing", message="is missing")
-    size_bytes = path.stat().st_size
-    if size_bytes != listed.size_bytes:
-        message = f"has {size_bytes} bytes, published with {listed.size_bytes}"
-        return Problem(file=name, kind="size", message=message)
-    if record_of(path) != listed:
-        return Problem(file=name, kind="checksum", message="was changed since it was published")
-    return None
+    file = File(files_of(place), MANIFEST_NAME)
+    if file.files.size(MANIFEST_NAME) is None:
+        raise InputError(
+            f"not a version of memedit: no {MANIFEST_NAME}", source=file.files.location
+        )
+    return _Reader(file).manifest(read_object(file, "a version has its manifest"))
 
 
 def _plain(value: Any) -> Any:
@@ -175,20 +152,22 @@ def _plain(value: Any) -> Any:
 class _Reader:
     """Builds a `Manifest` from JSON values; each complaint names the field."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, file: File) -> None:
+        self.file = file
 
     def manifest(self, values: Any) -> Manifest:
         self.need(isinstance(values, dict), "", "an object")
         found = self.take(values, "format_version", int)
-        if found != FORMAT_VERSION:
+        if not 1 <= found <= FORMAT_VERSION:
             raise InputError(
-                f"format {found}; this memedit reads format {FORMAT_VERSION}: update memedit",
-                source=self.path,
+                f"format {found}; this memedit reads formats 1 to {FORMAT_VERSION}: update memedit",
+                source=self.file,
                 field="format_version",
             )
         layers = self.take(values, "layers", list)
         self.need(all(type(n) is int for n in layers), "layers", "a list of numbers")
+        kind = values.get("format", "full")
+        self.need(kind in FORMATS, "format", f"one of {', '.join(FORMATS)}")
         metrics = self.take(values, "metrics", dict)
         for when, measured in metrics.items():
             self.mapping(measured, f"metrics.{when}", self.number_or_none)
@@ -209,6 +188,10 @@ class _Reader:
             tensors=self.mapping(
                 values.get("tensors"), "tensors", lambda v, n: self.record(TensorRecord, v, n)
             ),
+            format=kind,
+            ranks=self.mapping(
+                values.get("ranks", {}), "ranks", lambda v, n: self.record(RankRecord, v, n)
+            ),
             metrics=metrics,
             versions=self.mapping(values.get("versions"), "versions", self.text),
             format_version=found,
@@ -217,7 +200,7 @@ class _Reader:
     def need(self, condition: bool, name: str, wanted: str) -> None:
         if not condition:
             raise InputError(
-                f"damaged manifest: {wanted} is wanted", source=self.path, field=name or None
+                f"damaged manifest: {wanted} is wanted", source=self.file, field=name or None
             )
 
     def take(self, values: Mapping[str, Any], name: str, kind: type) -> Any:
@@ -237,16 +220,22 @@ class _Reader:
 
     def record(self, kind: type[Any], value: Any, name: str) -> Any:
         self.need(isinstance(value, dict), name, "an object")
-        types: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+        types: dict[str, tuple[type, ...]] = {
+            "str": (str,),
+            "str | None": (str, type(None)),
+            "int": (int,),
+            "float": (int, float),
+        }
         for part in fields(kind):
-            kinds = types[str(part.type)]
-            self.need(type(value.get(part.name)) in kinds, f"{name}.{part.name}", f"{part.type}")
-        return kind(**{part.name: value[part.name] for part in fields(kind)})
+            given = part.name in value or part.default is not MISSING
+            fits = given and type(value.get(part.name)) in types[str(part.type)]
+            self.need(fits, f"{name}.{part.name}", f"{part.type}")
+        return kind(**{part.name: value.get(part.name) for part in fields(kind)})
 
     def inside(self, name: str) -> str:
         parts = name.split("/")
         if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
             raise InputError(
-                f"damaged manifest: {name!r} does not stay inside the folder", source=self.path
+                f"damaged manifest: {name!r} does not stay inside the folder", source=self.file
             )
         return name

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,17 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
-from memedit.architecture import Architecture, architecture_of, truncated
-from memedit.errors import InputError, UnsupportedModelError
+from memedit.architecture import Architecture, architecture_of, skeleton, truncated
+from memedit.checkpoint import Checkpoint, side_files_of
+from memedit.errors import InputError, MemeditError, UnsupportedModelError
+from memedit.files import Files, files_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,13 +40,15 @@ class ModelSpec:
     `until_layer` loads blocks 0 … until_layer only, which is all that statistics need.
     """
 
-    folder: Path
+    files: Files
     device: str = "cpu"
     dtype: str = "float32"
     until_layer: int | None = None
     overrides: Mapping[str, str] = field(default_factory=dict)
     editable: bool = True
     """Whether a family that cannot be edited is refused; evaluating one is fine."""
+    published: Mapping[str, str] = field(default_factory=dict)
+    """sha256 that tensors must have, beside those of the checkpoint's own manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +82,7 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def load_config(folder: Path) -> PretrainedConfig:
+def load_config(place: Files | Path) -> PretrainedConfig:
     """The checkpoint's config.
 
     Raises:
@@ -85,9 +90,13 @@ def load_config(folder: Path) -> PretrainedConfig:
     """
     try:
         with quiet():
-            config: PretrainedConfig = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(f"the config could not be read: {error}", source=folder) from error
+            config: PretrainedConfig = AutoConfig.from_pretrained(_folder(place))
+    except MemeditError:
+        raise
+    except Exception as error:  # transformers raises those of several libraries
+        raise InputError(
+            f"the config could not be read: {error}", source=files_of(place).location
+        ) from error
     return config
 
 
@@ -97,7 +106,7 @@ def positions_of(config: PretrainedConfig) -> float:
     return getattr(text_config, "max_position_embeddings", None) or math.inf
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(place: Files | Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer.
 
     Raises:
@@ -105,15 +114,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     try:
         with quiet():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"no tokenizer could be loaded: {error}", source=folder) from error
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(_folder(place))
+    except MemeditError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"no tokenizer could be loaded: {error}", source=files_of(place).location
+        ) from error
     last = tokenizer("a")["input_ids"][-1]
     if last == tokenizer.eos_token_id:
         raise InputError(
             "the tokenizer puts an end-of-text token behind every prompt, so nothing can follow "
             "it; set add_eos_token to false in tokenizer_config.json",
-            source=folder,
+            source=files_of(place).location,
         )
     return tokenizer
 
@@ -125,7 +138,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         InputError: The folder holds no model that transformers can load without remote code.
         UnsupportedModelError: The family cannot be edited.
     """
-    config = load_config(spec.folder)
+    config = load_config(spec.files)
     arch: Architecture | None = None
     try:
         arch = architecture_of(config, spec.overrides)
@@ -134,25 +147,99 @@ def load_model(spec: ModelSpec) -> LoadedModel:
             raise
     if spec.until_layer is not None:
         config = truncated(config, spec.until_layer + 1)
+    place = spec.files.location
     try:
         with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                spec.folder,
-                config=config,
-                dtype=DTYPES[spec.dtype],
-                use_safetensors=True,
-                output_loading_info=True,
+            model, report = _loaded(spec, config)
+    except (MemeditError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"the model could not be loaded: {error}", source=place) from error
+    _check_report(report, place)
+    model.eval().to(spec.device)
+    return LoadedModel(model=model, tokenizer=load_tokenizer(spec.files), known_arch=arch)
+
+
+def check_loadable(place: Files | Path) -> None:
+    """Check that transformers would load a checkpoint; no weight is read.
+
+    Raises:
+        InputError: It would not, or would fill a tensor with random numbers; says why.
+    """
+    files = files_of(place)
+    config = load_config(files)
+    load_tokenizer(files)
+    tensors = {
+        name: torch.empty(info.shape, dtype=info.dtype, device="meta")
+        for name, info in Checkpoint.open(files).tensors.items()
+    }
+    try:
+        with quiet():
+            kind: Any = type(skeleton(config))
+            _, report = kind.from_pretrained(
+                None, config=config, state_dict=tensors, device_map="meta", output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise InputError(f"the model could not be loaded: {error}", source=spec.folder) from error
-    model, report = loaded
+    except Exception as error:
+        raise InputError(
+            f"the model could not be loaded: {error}", source=files.location
+        ) from error
+    _check_report(report, files.location)
+
+
+def _check_report(report: Mapping[str, Any], place: str) -> None:
     # transformers would fill them with random numbers, and say so in a log only.
     if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"the checkpoint lacks {len(missing)} of the model's tensors, {missing[0]!r} for one",
-            source=spec.folder,
+            source=place,
         )
-    model.eval().to(spec.device)
-    return LoadedModel(model=model, tokenizer=load_tokenizer(spec.folder), known_arch=arch)
+
+
+def _loaded(spec: ModelSpec, config: PretrainedConfig) -> tuple[Any, dict[str, Any]]:
+    """The model and transformers' report on its keys."""
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": DTYPES[spec.dtype],
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
+    loaded: Any
+    if spec.files.here is not None:
+        _checkpoint(spec).check_published()
+        loaded = AutoModelForCausalLM.from_pretrained(spec.files.here, **options)
+    else:  # without a path, only the class of the model itself takes tensors
+        kind: Any = type(skeleton(config))
+        loaded = kind.from_pretrained(None, state_dict=_lazy_tensors(spec), **options)
+        # A path would have brought it; chat models have more tokens that end a text there.
+        if spec.files.size("generation_config.json") is not None:
+            loaded[0].generation_config = GenerationConfig.from_pretrained(_folder(spec.files))
+    model, report = loaded
+    return model, report
+
+
+class _LazyTensor:
+    """Read when transformers asks for its elements, as it does with a slice of a local file."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint, self._name = checkpoint, name
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._checkpoint.read(self._name)[index]
+
+
+def _lazy_tensors(spec: ModelSpec) -> dict[str, _LazyTensor]:
+    """The tensors of a checkpoint that is not on this machine; only those of the model are read."""
+    checkpoint = _checkpoint(spec)
+    return {name: _LazyTensor(checkpoint, name) for name in checkpoint.names}
+
+
+def _checkpoint(spec: ModelSpec) -> Checkpoint:
+    pinned = torch.device(spec.device).type == "cuda" and torch.cuda.is_available()
+    checkpoint = Checkpoint.open(spec.files, pinned=pinned)
+    return replace(checkpoint, published={**checkpoint.published, **spec.published})
+
+
+def _folder(place: Files | Path) -> Path:
+    """A folder with the files of a checkpoint that transformers reads from a disk only."""
+    files = files_of(place)
+    return files.here or files.folder(side_files_of(files))

@@ -128,6 +128,10 @@ class LayerUpdate(_Plain):
     """Mean ‖z - h‖ over the facts before this layer's update."""
     rounding_error: float | None = None
     """‖stored - exact‖ / ‖ΔW‖: what the dtype of the checkpoint took from the update."""
+    rank: int | None = None
+    """Of the LoRA adapter that was published in place of the update."""
+    truncation_error: float | None = None
+    """‖Δ - B·A‖ / ‖Δ‖: what that rank took from the update."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +179,8 @@ class EditOutcome(_Plain):
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     report: str | None = None
+    format: str = "full"
+    """What was published: `full`, `delta` or `lora`."""
 
     def summary(self) -> dict[str, Any]:
         """The JSON object that `edit --json` prints; a number that is not finite becomes None."""
@@ -183,6 +189,7 @@ class EditOutcome(_Plain):
             "out": self.out,
             "manifest": self.manifest,
             "method": self.method,
+            "format": self.format,
             "model": self.model,
             "layers": list(self.layers),
             "facts": self.facts.to_dict(),

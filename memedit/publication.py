@@ -7,7 +7,6 @@ know what is in the folder beyond its manifest.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import shutil
@@ -19,35 +18,11 @@ from types import TracebackType
 from typing import Self
 
 from memedit.checksums import records_of
-from memedit.errors import InputError, LockError
+from memedit.errors import InputError
+from memedit.files import Files, LocalFiles
+from memedit.lock import exclusive_lock
 from memedit.manifest import MANIFEST_NAME, Manifest, write_manifest
-
-
-@contextmanager
-def exclusive_lock(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock file `path`; the kernel frees it when the process dies, however it dies.
-
-    Raises:
-        LockError: Another process holds it, and `wait` is false.
-    """
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            os.close(handle)
-            raise LockError(f"{path}: another run holds this lock; wait until it ends") from error
-        # The holder before may have removed the file between our open and our lock.
-        with suppress(FileNotFoundError):
-            if os.stat(path).st_ino == os.fstat(handle).st_ino:
-                break
-        os.close(handle)
-    try:
-        yield
-    finally:
-        # Removed while it is held, so that nobody can hold a file that is about to go.
-        path.unlink(missing_ok=True)
-        os.close(handle)
+from memedit.patching import LocalSink, Sink
 
 
 class Publication:
@@ -63,7 +38,7 @@ class Publication:
 
     Example:
         with Publication(out, run_id=run_id) as publication:
-            patched = write_patched(base, publication.staging, patches)
+            patched = write_patched(base, publication.sink, patches)
             publication.publish(Manifest(..., files=patched.files, tensors=patched.tensors))
     """
 
@@ -102,6 +77,31 @@ class Publication:
             self._lock.__exit__(None, None, None)
             raise
         return self
+
+    @property
+    def location(self) -> str:
+        """Where the version will be."""
+        return str(self.out)
+
+    @contextmanager
+    def probe(self) -> Iterator[str]:
+        """The name of a file in `files`, as long as the block runs: who sees it sees the rest."""
+        token = self.staging / "probe"
+        token.touch()
+        try:
+            yield token.name
+        finally:
+            token.unlink()
+
+    @property
+    def sink(self) -> Sink:
+        """Takes the files of a patched checkpoint."""
+        return LocalSink(self.staging)
+
+    @property
+    def files(self) -> Files:
+        """What was written so far."""
+        return LocalFiles(self.staging.absolute())
 
     def publish(self, manifest: Manifest) -> Manifest:
         """Write the manifest, wait for the disk, and let the folder appear as `out`.

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
 from memedit.errors import InputError
+from memedit.files import File
 
 HEADER_LIMIT_BYTES = 100_000_000
 """The limit of the format's own library; a longer header is taken for damage."""
+
+_FIRST_BYTES = 1 << 16
+"""How much of a file is read at first; holds most headers."""
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -55,11 +57,11 @@ class TensorInfo:
     size_bytes: int
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(file: File) -> dict[str, TensorInfo]:
     """Read and check the header of a safetensors file; reads no tensor.
 
     Args:
-        path: The file. Its name becomes `TensorInfo.shard`.
+        file: The file. Its name becomes `TensorInfo.shard`.
 
     Returns:
         The tensors by name, in the order in which they lie in the file.
@@ -68,85 +70,65 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         InputError: The file is missing, truncated, too long or not a safetensors file, or the
             header names an unknown dtype or bytes that overlap, leave a gap or lie outside.
     """
-    try:
-        with path.open("rb") as file:
-            size_bytes = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise InputError(
-                    f"not a safetensors file: {size_bytes} bytes long, truncated?", source=path
-                )
-            (header_bytes,) = struct.unpack("<Q", prefix)
-            if header_bytes > min(HEADER_LIMIT_BYTES, size_bytes - 8):
-                raise InputError(
-                    f"not a safetensors file, or truncated: the header claims {header_bytes} bytes"
-                    f" and the file has {size_bytes}; fetch it again",
-                    source=path,
-                )
-            raw = file.read(header_bytes)
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", source=path) from error
-    return _tensors_of(path, raw, size_bytes)
+    size_bytes = file.files.size(file.name)
+    if size_bytes is None:
+        raise InputError("no such file", source=file)
+    if size_bytes < 8:
+        raise InputError(
+            f"not a safetensors file: {size_bytes} bytes long, truncated?", source=file
+        )
+    # Far away, a second request takes longer than some bytes too many.
+    first = bytes(file.files.read(file.name, 0, min(size_bytes, _FIRST_BYTES)))
+    (header_bytes,) = struct.unpack("<Q", first[:8])
+    if header_bytes > min(HEADER_LIMIT_BYTES, size_bytes - 8):
+        raise InputError(
+            f"not a safetensors file, or truncated: the header claims {header_bytes} bytes"
+            f" and the file has {size_bytes}; fetch it again",
+            source=file,
+        )
+    end = 8 + header_bytes
+    if end > len(first):
+        first += file.files.read(file.name, len(first), end - len(first))
+    return _tensors_of(file, first[8:end], size_bytes)
 
 
-def read_bytes(path: Path, info: TensorInfo) -> bytearray:
-    """Read the bytes of one tensor.
-
-    Raises:
-        InputError: The file cannot be read or has become shorter.
-    """
-    buffer = bytearray(info.size_bytes)
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(info.offset)
-            view, done = memoryview(buffer), 0
-            # The kernel returns at most 2 GiB a call.
-            while done < len(view) and (count := file.readinto(view[done:])):
-                done += count
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", source=path) from error
-    if done < info.size_bytes:
-        raise InputError("has become shorter since it was opened", source=path)
-    return buffer
-
-
-def _tensors_of(path: Path, raw: bytes, size_bytes: int) -> dict[str, TensorInfo]:
+def _tensors_of(file: File, raw: bytes, size_bytes: int) -> dict[str, TensorInfo]:
     try:
         header = json.loads(raw, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"the safetensors header is not JSON: {error}", source=path) from error
+        raise InputError(f"the safetensors header is not JSON: {error}", source=file) from error
     if not isinstance(header, dict):
-        raise InputError("the safetensors header is not a JSON object", source=path)
+        raise InputError("the safetensors header is not a JSON object", source=file)
     header.pop("__metadata__", None)
 
     data_start = 8 + len(raw)
-    tensors = {name: _tensor(path, name, entry, data_start) for name, entry in header.items()}
+    tensors = {name: _tensor(file, name, entry, data_start) for name, entry in header.items()}
     in_order = sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size_bytes))
     end = data_start
     for name, info in in_order:
         if info.offset != end:
             fault = "overlap those of another tensor" if info.offset < end else "follow a gap"
-            raise InputError(f"damaged header: the bytes {fault}", source=path, field=name)
+            raise InputError(f"damaged header: the bytes {fault}", source=file, field=name)
         end += info.size_bytes
     if end > size_bytes:
         raise InputError(
-            f"truncated: {size_bytes} bytes, the header asks for {end}; fetch it again", source=path
+            f"truncated: {size_bytes} bytes, the header asks for {end}; fetch it again", source=file
         )
     if end < size_bytes:
-        raise InputError(f"damaged: {size_bytes} bytes, but the tensors end at {end}", source=path)
+        raise InputError(f"damaged: {size_bytes} bytes, but the tensors end at {end}", source=file)
     return dict(in_order)
 
 
-def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+def _tensor(file: File, name: str, entry: object, data_start: int) -> TensorInfo:
     def refuse(reason: str) -> InputError:
-        return InputError(f"damaged header: {reason}", source=path, field=name)
+        return InputError(f"damaged header: {reason}", source=file, field=name)
 
     if not isinstance(entry, dict):
         raise refuse("not an object with dtype, shape and data_offsets")
     dtype_name = entry.get("dtype")
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
         raise InputError(
-            f"unknown dtype {dtype_name!r}; known are {', '.join(DTYPES)}", source=path, field=name
+            f"unknown dtype {dtype_name!r}; known are {', '.join(DTYPES)}", source=file, field=name
         )
     shape, offsets = _counts(entry.get("shape")), _counts(entry.get("data_offsets"))
     if shape is None:
@@ -158,7 +140,7 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo
     if math.prod(shape) * dtype.itemsize != size_bytes:
         raise refuse(f"{size_bytes} bytes do not hold a {dtype_name} tensor of shape {shape}")
     return TensorInfo(
-        shard=path.name,
+        shard=file.name,
         dtype=dtype,
         shape=tuple(shape),
         offset=data_start + offsets[0],

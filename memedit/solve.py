@@ -34,6 +34,14 @@ class Update:
         """The dense change, float64 [O, I]."""
         return self.left_NO.T if self.right_NI is None else self.left_NO.T @ self.right_NI
 
+    def rows(self, start: int, stop: int, *, transposed: bool) -> Tensor:
+        """Rows of Δ, float64 [stop - start, I]; or of Δᵀ, [stop - start, O], if `transposed`."""
+        if self.right_NI is None:
+            return self.left_NO[start:stop] if transposed else self.left_NO[:, start:stop].T
+        if transposed:
+            return self.right_NI[:, start:stop].T @ self.left_NO
+        return self.left_NO[:, start:stop].T @ self.right_NI
+
     def cpu(self) -> Update:
         """The same on the CPU."""
         right_NI = None if self.right_NI is None else self.right_NI.cpu()

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,11 +16,13 @@ from memedit.architecture import check_additivity
 from memedit.config import EvaluationSettings, TargetSettings
 from memedit.errors import NumericalError
 from memedit.evaluate import SideEffect, measure_side_effects, score_facts
+from memedit.files import Files
 from memedit.keys import KeyPass, Keys
 from memedit.memory import release_memory, trim_memory
 from memedit.model import LoadedModel, ModelSpec, load_model
 from memedit.moments import MomentAccumulator, SecondMoment, Spread
 from memedit.outcome import FactResult
+from memedit.patching import row_blocks
 from memedit.prompts import EncodedRequest
 from memedit.requests import EditRequest
 from memedit.sampling import sample_contexts, sample_windows
@@ -141,9 +141,9 @@ class Worker:
         trim_memory()
         yield measured
 
-    def sees(self, path: Path) -> Iterator[bool]:
+    def sees(self, files: Files, name: str) -> Iterator[bool]:
         """Whether a file of the driver's is visible here."""
-        yield path.exists()
+        yield files.size(name) is not None
 
     def probe(self, layers: tuple[int, ...]) -> Iterator[None]:
         """Check that the rewrite modules' output reaches the residual stream as it is."""
@@ -163,12 +163,14 @@ def add_update(loaded: LoadedModel, update: Update, stored: torch.dtype) -> None
     """
     weight = loaded.arch.rewrite_module(loaded.model, update.layer).weight
     assert isinstance(weight, torch.Tensor)
-    oriented_OI: Any = loaded.arch.oriented(weight.data)
-    delta_OI = update.delta_OI.to(oriented_OI.device)
-    rounded_OI = (oriented_OI.double() + delta_OI).to(stored)
-    if not bool(rounded_OI.isfinite().all()):
-        raise NumericalError(
-            f"the edited weight of layer {update.layer} holds NaN or a number beyond {stored}; a "
-            "larger λ or a smaller clamp makes the update smaller"
-        )
-    oriented_OI.copy_(rounded_OI)
+    # In the blocks of `memedit.patching`, so that every bit is the same.
+    for start, stop in row_blocks(weight.shape):
+        rows = weight.data[start:stop]
+        delta = update.rows(start, stop, transposed=loaded.arch.family.conv1d)
+        rounded = (rows.double() + delta.to(rows.device)).to(stored)
+        if not bool(rounded.isfinite().all()):
+            raise NumericalError(
+                f"the edited weight of layer {update.layer} holds NaN or a number beyond {stored}; "
+                "a larger λ or a smaller clamp makes the update smaller"
+            )
+        rows.copy_(rounded)

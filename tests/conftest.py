@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest_plugins = ["tests.s3.fixtures"]
+
 # Ray reads these when it is first imported, whichever test does that: it listens on 127.0.0.1 only
 # (in spite of the name), and asks for a token.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -32,4 +34,6 @@ def smollm2() -> Path:
     """The checkpoint folder of the embedded default; fetched and converted on first use."""
     from workflows.models import resolve_model
 
-    return resolve_model("smollm2").folder
+    folder = resolve_model("smollm2").files.here
+    assert folder is not None
+    return folder

@@ -27,9 +27,10 @@ import click
 
 import memedit
 from memedit.errors import InputError, MemeditError
-from workflows import settings
+from workflows import settings, version_settings
 from workflows.command_help import JobCommand, flags_of
 from workflows.jobfile import load_job
+from workflows.wording import without_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +96,79 @@ ACTIONS: dict[str, Action] = {
         examples=("memedit plan --facts facts.jsonl --layers 5-9",),
     ),
     "verify": Action(
-        job=settings.VerifyJob,
+        job=version_settings.VerifyJob,
         run="workflows.verify:run_verify",
         show="show_problems",
-        summary="Check a published version against its manifest; reads every byte.",
-        examples=("memedit verify runs/demo",),
+        summary="Check a published version against its manifest and its base; reads every byte.",
+        examples=(
+            "memedit verify runs/demo",
+            "memedit verify s3://models/capitals/versions/20261125T040000Z-1a2b --quick",
+        ),
+    ),
+    "apply": Action(
+        job=version_settings.ApplyJob,
+        run="workflows.apply:run_apply",
+        show="show_plan",
+        summary="Add a published delta to its base model: the full checkpoint.",
+        examples=(
+            "memedit edit --facts facts.jsonl --format delta --out runs/delta",
+            "memedit apply runs/delta --out runs/full",
+        ),
+    ),
+    "history": Action(
+        job=version_settings.HistoryJob,
+        run="workflows.registry:run_history",
+        show="show_history",
+        summary="The versions of a registry, and which of them is CURRENT.",
+        examples=("memedit history --registry runs/registry",),
+    ),
+    "show": Action(
+        job=version_settings.ShowJob,
+        run="workflows.registry:run_show",
+        show="show_version",
+        summary="What a version is made of, and its metrics; CURRENT if none is named.",
+        examples=(
+            "memedit show runs/demo",
+            "memedit show 20261125T04 --registry s3://models/capitals",
+        ),
+    ),
+    "diff": Action(
+        job=version_settings.DiffJob,
+        run="workflows.registry:run_diff",
+        show="show_diff",
+        summary="What is new in one version against another: facts, updates, metrics, settings.",
+        examples=(
+            "memedit diff --registry runs/registry",
+            "memedit diff previous current --registry runs/registry",
+            "memedit diff runs/first runs/second --json",
+        ),
+    ),
+    "rollback": Action(
+        job=version_settings.RollbackJob,
+        run="workflows.registry:run_rollback",
+        show="show_rollback",
+        summary="Use an earlier version: move CURRENT to it, if it is whole.",
+        examples=(
+            "memedit rollback --registry runs/registry",
+            "memedit rollback --registry runs/registry --to 20261125T04",
+        ),
+    ),
+    "pin": Action(
+        job=version_settings.PinJob,
+        run="workflows.registry:run_pin",
+        show="show_pin",
+        summary="Keep a version, whatever gc is told.",
+        examples=("memedit pin current --registry runs/registry --why 'in the paper'",),
+    ),
+    "gc": Action(
+        job=version_settings.GcJob,
+        run="workflows.registry:run_gc",
+        show="show_gc",
+        summary="Remove old versions and what killed runs left; without --run only says so.",
+        examples=(
+            "memedit gc --registry runs/registry --keep 5 --keep-days 30",
+            "memedit gc --registry runs/registry --run",
+        ),
     ),
     "doctor": Action(
         job=settings.DoctorJob,
@@ -115,8 +184,9 @@ def _command(name: str, action: Action) -> click.Command:
     def callback(config: Path | None, assignments: tuple[str, ...], **flags: Any) -> None:
         context = click.get_current_context()
         job = load_job(action.job, config=config, flags=flags, assignments=assignments)
-        if isinstance(job, settings.ModelJob) and job.run_id is None:
-            job = replace(job, run_id=settings.new_run_id())
+        if getattr(job, "run_id", "") is None:  # every run has a name, in its log too
+            unnamed: Any = job
+            job = replace(unnamed, run_id=settings.new_run_id())
         context.obj.take(job)
         result = _perform(action, job, context.obj.run_id)
         summary = _plain(result if isinstance(result, Mapping) else result.summary())
@@ -209,12 +279,13 @@ def run(arguments: Sequence[str]) -> int:
 def _fail(
     reporting: _Reporting, kind: str, message: str, code: int, error: Exception | None = None
 ) -> int:
+    message = without_keys(message)
     if reporting.json:
         place = error if isinstance(error, InputError) else None
         told: dict[str, Any] = {"kind": kind, "message": message, "exit_code": code}
         if place is not None:
             told |= {"row": place.row, "field": place.field}
-            told["source"] = None if place.source is None else str(place.source)
+            told["source"] = None if place.source is None else without_keys(str(place.source))
         click.echo(json.dumps({"error": told}, ensure_ascii=False))
     if reporting.json_log:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -228,7 +299,7 @@ def _fail(
 
 def _trace(reporting: _Reporting) -> None:
     if reporting.debug:
-        traceback.print_exc()
+        click.echo(without_keys(traceback.format_exc()), err=True, nl=False)
 
 
 def _perform(action: Action, job: settings.Job, run_id: str) -> Any:

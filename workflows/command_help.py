@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from workflows.settings import SECTIONS, Job
+from workflows.fields import SECTIONS
+from workflows.settings import Job
 
 GROUPS = ("Input", "Output", "Model", "Method", "Machine", "Checks", "Reporting")
 """The headings of `--help`, in order."""
@@ -116,6 +117,11 @@ class JobCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The flags by group, then the fields of the sections."""
         rows: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
+        for field in dataclasses.fields(self.job):
+            if field.metadata["positional"]:  # click has no help for arguments
+                needed = " [required]" if field.metadata["required"] else ""
+                text = f"{field.metadata['help']}{needed}"
+                rows[field.metadata["group"]].append((field.metadata["metavar"], text))
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:

@@ -9,19 +9,23 @@ from __future__ import annotations
 import glob
 import hashlib
 import heapq
+import io
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+from cluster.store import is_remote, open_file, open_files
 from memedit.checksums import record_of
 from memedit.errors import InputError
+from memedit.files import File, file_of
 
 Kind = Literal["parquet", "json lines", "text", "dataset", "self"]
 
@@ -63,7 +67,7 @@ class Corpus:
     kind: Kind
     spec: str
     column: str = "text"
-    files: tuple[Path, ...] = ()
+    files: tuple[File, ...] = ()
     dataset: DatasetName | None = None
     checksums: Path | None = None
     """Folder in which the checksums of files are kept from run to run."""
@@ -101,9 +105,9 @@ def open_corpus(spec: str | os.PathLike[str], *, column: str = "text") -> Corpus
 
     Args:
         spec: A file, a folder (searched with its sub-folders) or a glob of Parquet, JSON lines or
-            text files; a folder written by `Dataset.save_to_disk`, or `folder:split`; a Hugging
-            Face data set as `id`, `id:config` or `id:config:split`; or `self`. A path wins over a
-            data set of the same name.
+            text files, here or at `s3://`; a folder written by `Dataset.save_to_disk`, or
+            `folder:split`; a Hugging Face data set as `id`, `id:config` or `id:config:split`; or
+            `self`. A path wins over a data set of the same name.
         column: The column (Parquet, data sets) or field (JSON lines) that holds the text.
 
     Raises:
@@ -116,7 +120,7 @@ def open_corpus(spec: str | os.PathLike[str], *, column: str = "text") -> Corpus
     dataset = _saved_dataset(spec)
     files = () if dataset else _find_files(spec)
     if not dataset and not files:
-        dataset = None if only_path else _hub_dataset(spec)
+        dataset = None if only_path or is_remote(spec) else _hub_dataset(spec)
         if dataset is None:
             raise InputError(
                 f"no such file, folder or glob match; a corpus is {_suffixes()} files, a data set "
@@ -170,8 +174,10 @@ def sample_documents(
 # --- What a spec means -------------------------------------------------------------------------
 
 
-def _find_files(spec: str) -> tuple[Path, ...]:
+def _find_files(spec: str) -> tuple[File, ...]:
     """The corpus files at a path or glob, sorted; none if nothing is there."""
+    if is_remote(spec):
+        return _find_objects(spec)
     path = Path(spec).expanduser()
     if path.is_dir():
         # Names that begin with . or _ are notes of the tools that write such folders.
@@ -189,13 +195,35 @@ def _find_files(spec: str) -> tuple[Path, ...]:
     else:
         files = [Path(name) for name in glob.glob(str(path), recursive=True)]
         files = [file for file in files if file.is_file()]
-    return tuple(sorted(files))
+    return tuple(map(file_of, sorted(files)))
 
 
-def _kind_of(files: tuple[Path, ...], spec: str) -> Kind:
+def _find_objects(spec: str) -> tuple[File, ...]:
+    """The same in object storage, where * matches a / too."""
+    fixed = spec[: min(spec.find(c) for c in "*?[" if c in spec)] if set("*?[") & {*spec} else None
+    if fixed is not None:
+        place = open_files(fixed.rpartition("/")[0])
+        pattern = spec[len(fixed.rpartition("/")[0]) + 1 :]
+        return tuple(File(place, n) for n in place.sizes(deep=True) if fnmatch(n, pattern))
+    file = open_file(spec)
+    if file.suffix in _KINDS and file.files.size(file.name) is not None:
+        return (file,)
+    place = open_files(spec)
+    names = [
+        name
+        for name in place.sizes(deep=True)
+        if os.path.splitext(name)[1].lower() in _KINDS
+        and not any(part[0] in "._" for part in name.split("/"))
+    ]
+    if not names:
+        raise InputError(f"no {_suffixes()} file at this place", source=spec)
+    return tuple(File(place, name) for name in names)
+
+
+def _kind_of(files: tuple[File, ...], spec: str) -> Kind:
     kinds = set()
     for file in files:
-        kind = _KINDS.get(file.suffix.lower())
+        kind = _KINDS.get(file.suffix)
         if kind is None:
             raise InputError(
                 f"unknown suffix {file.suffix!r}; a corpus is made of {_suffixes()} files",
@@ -217,6 +245,8 @@ def _suffixes() -> str:
 
 def _saved_dataset(spec: str) -> DatasetName | None:
     """The data set in a folder that `save_to_disk` wrote, if this names one."""
+    if is_remote(spec):
+        return None
     name, _, split = spec.partition(":")
     for folder, wanted in ((spec, "train"), (name, split or "train")):
         path = Path(folder).expanduser()
@@ -238,12 +268,13 @@ def _hub_dataset(spec: str) -> DatasetName | None:
 # --- Files -------------------------------------------------------------------------------------
 
 
-def _check_parquet(file: Path, column: str) -> None:
+def _check_parquet(file: File, column: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        schema = pq.read_schema(file)
+        with file.open() as content:
+            schema = pq.read_schema(content)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"not a readable Parquet file: {error}", source=file) from None
     if column not in schema.names:
@@ -255,20 +286,20 @@ def _check_parquet(file: Path, column: str) -> None:
         raise InputError(f"expected a column of text, found {kind}", source=file, field=column)
 
 
-def _parquet_texts(file: Path, column: str) -> Iterator[str]:
+def _parquet_texts(file: File, column: str) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(file) as table:
+        with file.open() as content, pq.ParquetFile(content) as table:
             for batch in table.iter_batches(batch_size=_ROWS_PER_BATCH, columns=[column]):
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"not a readable Parquet file: {error}", source=file) from None
 
 
-def _json_texts(file: Path, column: str) -> Iterator[str]:
-    with file.open("rb") as lines:
+def _json_texts(file: File, column: str) -> Iterator[str]:
+    with file.open() as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -287,10 +318,10 @@ def _json_texts(file: Path, column: str) -> Iterator[str]:
             yield from _text(row[column], column, source=file, row=number)
 
 
-def _file_texts(file: Path, column: str) -> Iterator[str]:
+def _file_texts(file: File, column: str) -> Iterator[str]:
     """One file is one document, unless it is longer than a piece."""
     try:
-        with file.open(encoding="utf-8-sig") as lines:
+        with io.TextIOWrapper(cast(Any, file.open()), "utf-8-sig") as lines:
             while piece := lines.readlines(_PIECE_SIZE):
                 yield "".join(piece)
     except UnicodeDecodeError as error:
@@ -317,7 +348,7 @@ def _no_column(
     )
 
 
-_READERS: dict[Kind, Callable[[Path, str], Iterator[str]]] = {
+_READERS: dict[Kind, Callable[[File, str], Iterator[str]]] = {
     "parquet": _parquet_texts,
     "json lines": _json_texts,
     "text": _file_texts,

@@ -21,9 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from memedit.errors import MemeditError
 from memedit.progress import Progress
 from workflows.models import EMBEDDED_PACKAGE, EMBEDDED_REQUIREMENT, MARKER_NAME
 from workflows.settings import DoctorJob
+from workflows.wording import without_keys
 
 State = Literal["ok", "warning", "missing", "failed"]
 
@@ -293,10 +295,19 @@ def ray(*, start: bool) -> Check:
 
 
 def object_storage() -> Check:
-    """Which of the standard AWS variables are set; their values are nobody's business."""
-    names = sorted(name for name in os.environ if name.startswith("AWS_"))
-    detail = f"{', '.join(names)} set" if names else "no AWS_ variables set; none is needed yet"
-    return Check(name="object storage", state="ok", detail=detail, needed=False)
+    """Whether a storage answers to the AWS keys, if there are any; what they are is not told."""
+    from cluster.s3_requests import has_keys, reach
+
+    name = "object storage"
+    try:
+        if not has_keys():
+            detail = "no AWS keys; they are needed for s3:// only"
+            return Check(name=name, state="ok", detail=detail, needed=False)
+        return Check(name=name, state="ok", detail=without_keys(reach()), needed=False)
+    except MemeditError as error:
+        said = without_keys(str(error))
+        remedy = f"{said}; only s3:// needs it"
+        return Check(name=name, state="warning", detail=said, remedy=remedy, needed=False)
 
 
 def _run(

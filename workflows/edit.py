@@ -7,17 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 
 from cluster.artifacts import Artifacts, target_digest
-from memedit.checkpoint import Patch, PatchedFiles, write_patched
+from cluster.publication import Publication
+from cluster.store import join
 from memedit.config import EditSettings
 from memedit.errors import GateError, InputError
 from memedit.evaluate import measurable
 from memedit.executor import Executor
-from memedit.manifest import MANIFEST_NAME, FactsIdentity, Manifest, ModelIdentity, code_versions
+from memedit.manifest import (
+    MANIFEST_NAME,
+    FactsIdentity,
+    Manifest,
+    ModelIdentity,
+    code_versions,
+)
 from memedit.outcome import (
     EditOutcome,
     Evaluation,
@@ -27,14 +33,15 @@ from memedit.outcome import (
 )
 from memedit.progress import Progress
 from memedit.prompts import EncodedRequest
-from memedit.publication import Publication
 from memedit.requests import EditBatch
 from memedit.solve import METHODS
 from memedit.stages import SolvedLayer, find_targets, judge, solve_layers
 from memedit.targets import Target
+from workflows.destination import destination
 from workflows.facts import read_facts, write_facts, write_rejects
 from workflows.findings import METRIC
 from workflows.moments import TokenSource, corpus_of, load_stats, moments_for
+from workflows.product import Product, make_product
 from workflows.progress import Timed
 from workflows.session import Base, contexts_of, encode_facts, open_base, open_workers, settings_of
 from workflows.settings import EditJob, new_run_id
@@ -54,7 +61,7 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
     """
     timed = Timed(progress)
     run_id = job.run_id or new_run_id()
-    with Publication(job.out, run_id=run_id) as publication:
+    with destination(job, run_id) as publication:
         # Everything that can be wrong with the input is found before a weight is loaded.
         timed.start("load")
         table = read_facts(job.facts, on_bad_row=job.on_bad_row)
@@ -75,10 +82,10 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
             heldout_tokens=job.evaluation_settings.heldout_tokens,
             artifacts=artifacts,
         )
-        given = load_stats(job.stats, base, settings) if job.stats else None
+        given = load_stats(job.stats, base, settings, artifacts) if job.stats else None
 
         with open_workers(job, base.spec()) as executor:
-            _require_shared(executor, publication.staging)
+            _require_shared(executor, publication)
             executor.broadcast("probe", settings.layers)
             contexts = contexts_of(settings, base, executor)
             if settings.contexts.kind == "sampled":  # not known before the model runs
@@ -120,14 +127,9 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
                 progress=timed,
             )
 
-            patched = write_patched(
-                base.checkpoint,
-                publication.staging,
-                {names[s.update.layer]: _patch(base, s) for s in solved},
-                progress=timed,
-            )
+            product = make_product(job, base, solved, names, publication, timed)
             # What is judged is what was saved, not what is in memory.
-            executor.broadcast("load", base.spec(folder=publication.staging))
+            product.load(executor)
             after, _ = judge(
                 executor,
                 batch.requests,
@@ -146,12 +148,12 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
             accepted=len(batch),
             duplicates=len(table.duplicates),
             rejected=len(table.rejects),
-            rejects=str(job.out / REJECTS_NAME) if table.rejects else None,
+            rejects=join(publication.location, REJECTS_NAME) if table.rejects else None,
         )
         outcome = EditOutcome(
             run_id=run_id,
-            out=str(job.out),
-            manifest=str(job.out / MANIFEST_NAME),
+            out=publication.location,
+            manifest=join(publication.location, MANIFEST_NAME),
             method=settings.method,
             model=base.name,
             layers=settings.layers,
@@ -159,7 +161,7 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
             before=before,
             after=after,
             traces=tuple(map(_trace, targets)),
-            updates=_updates(solved, patched, names, _lam(settings)),
+            updates=_updates(solved, product, names, _lam(settings)),
             moments=tuple(s.moment for s in solved),
             timings_s=timed.timings_s,
             settings=asdict(settings)
@@ -174,13 +176,14 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
                 "architecture": dict(job.architecture),
             },
             versions=code_versions(),
-            report=str(job.out / REPORT_NAME),
+            report=join(publication.location, REPORT_NAME),
+            format=product.format,
         )
         # Brings matplotlib, which need not lie in memory while the work is done.
         from workflows.report import write_report
 
         write_report(outcome, publication.staging / REPORT_NAME)
-        publication.publish(_manifest(outcome, base, batch, patched, moments.digests))
+        publication.publish(_manifest(outcome, base, batch, product, moments.digests))
     return replace(outcome, timings_s=timed.timings_s)
 
 
@@ -218,33 +221,20 @@ def _targets(
     )
 
 
-def _require_shared(executor: Executor, staging: Path) -> None:
-    """Check now, not after hours, that workers can load from the folder that is written to."""
-    token = staging / "shared"
-    token.touch()
-    try:
-        if not all(executor.broadcast("sees", token.resolve())):
+def _require_shared(executor: Executor, publication: Publication) -> None:
+    """Check now, not after hours, that workers can load from the place that is written to."""
+    with publication.probe() as name:
+        if not all(executor.broadcast("sees", publication.files, name)):
             raise InputError(
-                "not every worker sees this folder; publish to one that all machines share",
-                source=staging.parent,
+                "not every worker sees this place; publish to one that all machines share",
+                source=publication.location,
                 field="out",
             )
-    finally:
-        token.unlink()
 
 
 def _lam(settings: EditSettings) -> float:
     assert settings.solve.lam is not None, "the defaults of every family set λ"
     return settings.solve.lam
-
-
-def _patch(base: Base, solved: SolvedLayer) -> Patch:
-    """W -> W + Δ in float64, whatever the orientation in which the checkpoint stores W."""
-
-    def patch(weight: torch.Tensor) -> torch.Tensor:
-        return weight.double() + base.arch.oriented(solved.update.delta_OI)
-
-    return patch
 
 
 def _check_measurable(job: EditJob, found: Collection[str]) -> None:
@@ -278,28 +268,34 @@ def _trace(target: Target) -> TargetTrace:
 
 
 def _updates(
-    solved: list[SolvedLayer], patched: PatchedFiles, names: dict[int, str], lam: float
+    solved: list[SolvedLayer],
+    product: Product,
+    names: dict[int, str],
+    lam: float,
 ) -> tuple[LayerUpdate, ...]:
-    records = [(s, names[s.update.layer]) for s in solved]
-    return tuple(
-        LayerUpdate(
+    def updated(s: SolvedLayer) -> LayerUpdate:
+        name = names[s.update.layer]
+        tensor, adapter = product.tensors[name], product.ranks.get(name)
+        return LayerUpdate(
             layer=s.update.layer,
             weight_name=name,
-            delta_norm=patched.tensors[name].delta_norm,
-            weight_norm=patched.tensors[name].weight_norm,
+            delta_norm=tensor.delta_norm,
+            weight_norm=tensor.weight_norm,
             lam=lam,
             residual_norm=s.residual_norm,
-            rounding_error=patched.tensors[name].rounding_error,
+            rounding_error=tensor.rounding_error,
+            rank=adapter.rank if adapter else None,
+            truncation_error=adapter.truncation_error if adapter else None,
         )
-        for s, name in records
-    )
+
+    return tuple(map(updated, solved))
 
 
 def _manifest(
     outcome: EditOutcome,
     base: Base,
     batch: EditBatch,
-    patched: PatchedFiles,
+    product: Product,
     moment_digests: Mapping[int, str],
 ) -> Manifest:
     return Manifest(
@@ -310,7 +306,9 @@ def _manifest(
         facts=FactsIdentity(digest=batch.digest, file=FACTS_NAME, count=len(batch)),
         settings=outcome.settings,
         moments={str(layer): digest for layer, digest in moment_digests.items()},
-        files=patched.files,
-        tensors=patched.tensors,
+        files=product.files,
+        tensors=product.tensors,
+        format=product.format,
+        ranks=product.ranks,
         metrics={"before": outcome.before.metrics, "after": outcome.after.metrics},
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from memedit.checkpoint import Checkpoint
 from memedit.errors import InputError
 from memedit.executor import InlineExecutor
+from memedit.files import Files
 from memedit.model import ModelSpec, load_config, load_tokenizer, positions_of
 from memedit.progress import Progress
 from memedit.prompts import check_prompts, encode
@@ -41,11 +41,11 @@ def run_evaluate(job: EvaluateJob, progress: Progress) -> Mapping[str, Any]:
             source=job.base,
             field="base",
         )
-    folders = [each.folder for each in (spec, base_spec) if each is not None]
-    table = _readable(table, folders, on_bad_row=job.on_bad_row)
-    heldout = _heldout(job, spec.folder)
-    for folder in folders:
-        Checkpoint.open(folder).check_finite()
+    places = [each.files for each in (spec, base_spec) if each is not None]
+    table = _readable(table, places, on_bad_row=job.on_bad_row)
+    heldout = _heldout(job, spec.files)
+    for files in places:
+        Checkpoint.open(files, cache=job.cache_folder).check_finite()
     requests = table.batch.requests
     reference = None
     if base_spec is not None:
@@ -79,15 +79,15 @@ def run_evaluate(job: EvaluateJob, progress: Progress) -> Mapping[str, Any]:
 
 
 def _readable(
-    table: FactTable, folders: Sequence[Path], *, on_bad_row: Literal["fail", "skip"]
+    table: FactTable, places: Sequence[Files], *, on_bad_row: Literal["fail", "skip"]
 ) -> FactTable:
     """The facts that each of the models, whose tokenizers are equal, can read to their ends.
 
     Raises:
         InputError: A fact is too long and `on_bad_row` is "fail", or none is left.
     """
-    tokenizer = load_tokenizer(folders[0])
-    positions = min(positions_of(load_config(folder)) for folder in folders)
+    tokenizer = load_tokenizer(places[0])
+    positions = min(positions_of(load_config(files)) for files in places)
 
     def check(request: EditRequest) -> None:
         check_prompts(tokenizer, request, positions)
@@ -96,11 +96,11 @@ def _readable(
 
 
 def _vocabulary(spec: ModelSpec) -> Mapping[str, int]:
-    vocabulary: Mapping[str, int] = load_tokenizer(spec.folder).get_vocab()
+    vocabulary: Mapping[str, int] = load_tokenizer(spec.files).get_vocab()
     return vocabulary
 
 
-def _heldout(job: EvaluateJob, folder: Path) -> list[list[int]]:
+def _heldout(job: EvaluateJob, files: Files) -> list[list[int]]:
     """Token ids of the first documents of the job's text, for the perplexity.
 
     Raises:
@@ -108,14 +108,14 @@ def _heldout(job: EvaluateJob, folder: Path) -> list[list[int]]:
     """
     if job.text is None:
         return []
-    positions = positions_of(load_config(folder))
+    positions = positions_of(load_config(files))
     window = job.evaluation_settings.heldout_window
     if window > positions:
         raise InputError(
             f"{window} tokens; a window has at most {positions}, as far as the model reads",
             field="evaluation.heldout_window",
         )
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(files)
     wanted = job.evaluation_settings.heldout_tokens
     found: list[list[int]] = []
     for document in open_corpus(job.text).documents():
@@ -128,9 +128,9 @@ def _heldout(job: EvaluateJob, folder: Path) -> list[list[int]]:
 def spec_of(job: ModelJob, name: str, progress: Progress) -> ModelSpec:
     """What to load in order to look at a model, whether or not it can be edited."""
     resolved = resolve_model(name, cache=job.cache_folder, progress=progress)
-    Checkpoint.open(resolved.folder)
+    Checkpoint.open(resolved.files)
     return ModelSpec(
-        folder=resolved.folder,
+        files=resolved.files,
         device=device_of_job(job),
         dtype=job.dtype,
         overrides=dict(job.architecture),

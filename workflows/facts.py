@@ -17,7 +17,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from cluster.store import is_remote, open_file
 from memedit.errors import InputError
+from memedit.files import File
 from memedit.layouts import STRUCTURED, layout_of, read_row, to_row
 from memedit.requests import Duplicate, EditBatch, EditRequest, Provenance, resolve
 
@@ -99,18 +101,21 @@ def read_facts(path: str | os.PathLike[str], *, on_bad_row: OnBadRow = "fail") -
     """Read a fact table; its format is told by the suffix, its layout by its fields.
 
     Args:
-        path: A `.jsonl`, `.json` (an array), `.parquet` or `.csv` file.
+        path: A `.jsonl`, `.json` (an array), `.parquet` or `.csv` file, here or at `s3://`.
         on_bad_row: "fail" raises when any row is bad; "skip" collects bad rows in `rejects`.
 
     Raises:
         InputError: The file cannot be read, has no row, lacks a column, or has a bad row.
     """
-    file = Path(path)
-    reader = _READERS.get(file.suffix.lower())
-    if not file.exists():
-        raise InputError("no such file", source=file)
-    if not file.is_file():
-        raise InputError("not a file; a fact table is one file", source=file)
+    path = os.fspath(path)
+    if is_remote(path) and "/" not in path.removeprefix("s3://").rstrip("/"):
+        raise InputError("a whole bucket; a fact table is one object in it", source=path)
+    file = open_file(path)
+    reader = _READERS.get(file.suffix)
+    if file.files.size(file.name) is None:
+        is_folder = file.files.here is not None and (file.files.here / file.name).is_dir()
+        wrong = "not a file; a fact table is one file" if is_folder else "no such file"
+        raise InputError(wrong, source=file)
     if reader is None:
         raise InputError(
             f"unknown suffix {file.suffix!r}; a fact table is one of {', '.join(_READERS)}",
@@ -224,8 +229,8 @@ class _Unreadable:
 _Rows: TypeAlias = Iterator[tuple[int, Any]]
 
 
-def _json_lines(file: Path) -> _Rows:
-    with file.open("rb") as lines:
+def _json_lines(file: File) -> _Rows:
+    with file.open() as lines:
         for number, line in enumerate(lines, start=1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
@@ -240,7 +245,7 @@ def _json_lines(file: Path) -> _Rows:
                 yield number, _Unreadable(reason, line.decode().strip())
 
 
-def _json_array(file: Path) -> _Rows:
+def _json_array(file: File) -> _Rows:
     text = _decoded(file)
     hint = "; expected an array of objects, or one object a line in a .jsonl file"
     try:
@@ -268,7 +273,7 @@ def _parse(text: str) -> Any:
     return json.loads(text, object_pairs_hook=unique)
 
 
-def _csv(file: Path) -> _Rows:
+def _csv(file: File) -> _Rows:
     text = _decoded(file)
     limit = csv.field_size_limit(sys.maxsize)
     try:
@@ -296,12 +301,12 @@ def _csv(file: Path) -> _Rows:
         csv.field_size_limit(limit)
 
 
-def _parquet(file: Path) -> _Rows:
+def _parquet(file: File) -> _Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(file) as table:
+        with file.open() as content, pq.ParquetFile(content) as table:
             _check_columns(table.schema_arrow.names, file)
             number = 0
             for batch in table.iter_batches():
@@ -312,7 +317,7 @@ def _parquet(file: Path) -> _Rows:
         raise InputError(f"not a readable Parquet file: {error}", source=file) from None
 
 
-def _check_columns(columns: list[str], file: Path) -> tuple[str, ...]:
+def _check_columns(columns: list[str], file: File) -> tuple[str, ...]:
     """Check that the table has the columns of its layout; returns those it needs."""
     found = f"columns found: {', '.join(columns) or 'none'}"
     for name in columns:
@@ -348,8 +353,8 @@ def _with_structure(row: dict[str, Any]) -> dict[str, Any] | _Unreadable:
     return row
 
 
-def _decoded(file: Path) -> str:
-    content = file.read_bytes()
+def _decoded(file: File) -> str:
+    content = file.read()
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -362,7 +367,7 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8 (byte 0x{byte:02x}: {error.reason}); save the file as UTF-8"
 
 
-_READERS: dict[str, Callable[[Path], _Rows]] = {
+_READERS: dict[str, Callable[[File], _Rows]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json_array,

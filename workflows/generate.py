@@ -36,7 +36,7 @@ def run_generate(job: GenerateJob, progress: Progress) -> Mapping[str, Any]:
         texts = greedy_continuations(loaded.model, loaded.tokenizer, job.prompts, job.tokens)
     except NumericalError:
         # Reading every weight takes longer than a continuation: only now is it worth it.
-        Checkpoint.open(spec.folder).check_finite()
+        Checkpoint.open(spec.files).check_finite()
         raise
     continuations = [
         {"prompt": prompt, "continuation": text}

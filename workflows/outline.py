@@ -9,7 +9,6 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,25 +16,28 @@ from transformers import PretrainedConfig
 
 from memedit.architecture import skeleton
 from memedit.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from memedit.errors import InputError
+from memedit.files import Files
 from memedit.shards import TensorInfo
 
 
-def index_without_weights(folder: Path) -> dict[str, Any] | None:
+def index_without_weights(files: Files) -> dict[str, Any] | None:
     """The index of a folder that holds none of the files it names; None for any other folder."""
-    if (folder / SINGLE_NAME).exists() or not (folder / "config.json").is_file():
+    present = files.sizes()
+    if SINGLE_NAME in present or not {"config.json", INDEX_NAME} <= present.keys():
         return None
     try:
-        index = json.loads((folder / INDEX_NAME).read_bytes())
+        index = json.loads(files.read(INDEX_NAME))
         shards = set(index["weight_map"].values())
         plain = all(re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (InputError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # opening the checkpoint says what is wrong
-    if not shards or not plain or any((folder / shard).exists() for shard in shards):
+    if not shards or not plain or shards & present.keys():
         return None
     return dict(index)
 
 
-def outline(folder: Path, config: PretrainedConfig, index: Mapping[str, Any]) -> Checkpoint:
+def outline(files: Files, config: PretrainedConfig, index: Mapping[str, Any]) -> Checkpoint:
     """What the weight files would hold, from the config: every block has the sizes of the first.
 
     Tensors that the modules do not have (buffers, a head under another name) share what is left of
@@ -62,7 +64,7 @@ def outline(folder: Path, config: PretrainedConfig, index: Mapping[str, Any]) ->
         for name, shape in found.items()
     }
     return Checkpoint(
-        folder=folder,
+        files=files,
         config=config.to_dict(),
         tensors=tensors,
         shards=tuple(sorted({info.shard for info in tensors.values()})),

@@ -92,7 +92,8 @@ def run_plan(job: PlanJob, progress: Progress) -> Mapping[str, Any]:
     names = [base.arch.checkpoint_key(i, base.checkpoint.names) for i in settings.layers]
     if not absent:
         base.checkpoint.check_editable(names)
-        base.checkpoint.check_finite()
+        if base.checkpoint.files.here is not None:  # a plan moves no model over the network
+            base.checkpoint.check_finite()
     check_window(settings.moments, base)
     corpus = None if job.stats else corpus_of(job)
     if corpus is not None:
@@ -170,19 +171,19 @@ def _rounded(value: float) -> float:
 def _open_base(job: PlanJob, progress: Progress) -> tuple[Base, str | None]:
     """The base, and where its sizes come from if its weights are not here."""
     resolved = resolve_model(job.model, cache=job.cache_folder, progress=progress)
-    placed = index_without_weights(resolved.folder)
+    placed = index_without_weights(resolved.files)
     checkpoint = None
     if placed is None:
-        checkpoint = Checkpoint.open(resolved.folder, cache=job.cache_folder)
-    config = load_config(resolved.folder)
+        checkpoint = Checkpoint.open(resolved.files, cache=job.cache_folder)
+    config = load_config(resolved.files)
     arch = architecture_of(config, job.architecture)
     absent = None
     if placed is not None:
-        checkpoint = outline(resolved.folder, config, placed)
+        checkpoint = outline(resolved.files, config, placed)
         absent = f"config.json and the index: none of {len(checkpoint.shards)} weight files is here"
-        progress.message(f"{resolved.folder}: {absent}; `edit` needs them")
+        progress.message(f"{resolved.files.location}: {absent}; `edit` needs them")
     assert checkpoint is not None
-    tokenizer = load_tokenizer(resolved.folder)
+    tokenizer = load_tokenizer(resolved.files)
     base = Base(
         name=resolved.name,
         checkpoint=checkpoint,
@@ -268,7 +269,7 @@ def _statistics(job: PlanJob, settings: EditSettings, corpus: Corpus | None) -> 
     found: dict[str, Any] = {"corpus": corpus.spec, "kind": corpus.kind}
     if corpus.files:
         found["files"] = len(corpus.files)
-        found["bytes"] = sum(file.stat().st_size for file in corpus.files)
+        found["bytes"] = sum(file.files.size(file.name) or 0 for file in corpus.files)
     return found | {"tokens": settings.moments.tokens, "window": settings.moments.window}
 
 

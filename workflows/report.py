@@ -104,6 +104,7 @@ def _context(outcome: EditOutcome) -> dict[str, Any]:
         "weakest": weakest(outcome),
         "layer_rows": list(_layer_rows(outcome)),
         "has_rounding": any(u.rounding_error is not None for u in outcome.updates),
+        "has_rank": any(u.rank is not None for u in outcome.updates),
         "timings": _timings(outcome.timings_s),
         "settings": list(_flat(outcome.settings)),
         "versions": list(outcome.versions.items()),
@@ -143,6 +144,7 @@ def _layer_rows(outcome: EditOutcome) -> Iterator[dict[str, str]]:
         m, u = moments.get(layer), updates.get(layer)
         without = m.trace_without_position_0 if m else None
         rounding = u.rounding_error if u else None
+        lost = u.truncation_error if u else None
         yield {
             "layer": str(layer),
             "tokens": f"{m.tokens:,}" if m else "",
@@ -153,6 +155,8 @@ def _layer_rows(outcome: EditOutcome) -> Iterator[dict[str, str]]:
             "residual": f"{u.residual_norm:.3g}" if u else "",
             "share": f"{100 * u.delta_norm / u.weight_norm:.3g}%" if u and u.weight_norm else "",
             "rounding": f"{100 * rounding:.2g}%" if rounding is not None else "",
+            "rank": str(u.rank) if u and u.rank is not None else "",
+            "truncated": f"{100 * lost:.2g}%" if lost is not None else "",
         }
 
 

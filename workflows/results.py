@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.table import Table
 
 from memedit.outcome import EditOutcome
 from workflows.findings import METRICS
@@ -16,6 +17,7 @@ from workflows.tables import (
     plan_table,
     rows_table,
 )
+from workflows.version_tables import diff_tables, gc_tables, history_table, version_tables
 
 
 def _console(stream: TextIO) -> Console:
@@ -33,13 +35,26 @@ def show_edit(outcome: EditOutcome, stream: TextIO) -> None:
         ("facts", f"{facts.accepted} of {facts.read} accepted"),
         ("perplexity of", "text sampled from the model" if heldout == "self" else heldout),
         ("rejects", facts.rejects),
-        ("checkpoint", outcome.out),
+        (_PUBLISHED[outcome.format], outcome.out),
+        ("adapter", _adapter(outcome)),
         ("manifest", outcome.manifest),
         ("report", outcome.report),
     ]
     console.print(
         rows_table(None, ("", ""), [(name, value) for name, value in rows if value]),
     )
+
+
+_PUBLISHED = {"full": "checkpoint", "delta": "delta", "lora": "LoRA adapter"}
+
+
+def _adapter(outcome: EditOutcome) -> str | None:
+    """The ranks of an adapter, and the most that one took from its update."""
+    ranks = sorted({u.rank for u in outcome.updates if u.rank is not None})
+    if not ranks:
+        return None
+    lost = max(u.truncation_error or 0.0 for u in outcome.updates)
+    return f"rank {', '.join(map(str, ranks))}; {100 * lost:.2g} % of an update lost at most"
 
 
 def show_plan(plan: Mapping[str, Any], stream: TextIO) -> None:
@@ -90,3 +105,50 @@ def show_checks(diagnosis: Any, stream: TextIO) -> None:
     """A line per check; the remedy where something is missing."""
     rows = [(c.name, c.state, c.remedy or c.detail) for c in diagnosis.checks]
     _console(stream).print(doctor_table(rows))
+
+
+def show_history(result: Mapping[str, Any], stream: TextIO) -> None:
+    """A line per version, the newest first."""
+    if result["versions"]:
+        _print(stream, [history_table(result)])
+    if result["current"] is None:
+        _print(stream, [f"{result['registry']}: nothing is CURRENT yet"])
+
+
+def show_version(result: Mapping[str, Any], stream: TextIO) -> None:
+    """What a version is, its metrics and its updates."""
+    _print(stream, version_tables(result))
+
+
+def show_diff(result: Mapping[str, Any], stream: TextIO) -> None:
+    """What is new in one version against another."""
+    _print(stream, diff_tables(result))
+
+
+def show_rollback(result: Mapping[str, Any], stream: TextIO) -> None:
+    """From where to where."""
+    if result["moved"]:
+        start = f"from {result['from']} " if result["from"] else ""
+        _print(stream, [f"CURRENT: {start}to {result['to']}"])
+    else:
+        _print(stream, [f"CURRENT is at {result['to']} already"])
+
+
+def show_pin(result: Mapping[str, Any], stream: TextIO) -> None:
+    """What became of the pin."""
+    state = "pinned" if result["pinned"] else "not pinned"
+    if not result["pinned"] and result["changed"]:
+        state = "not pinned any more"
+    _print(stream, [f"{result['version']}: {state}"])
+
+
+def show_gc(result: Mapping[str, Any], stream: TextIO) -> None:
+    """What goes, what stays and why."""
+    _print(stream, gc_tables(result))
+
+
+def _print(stream: TextIO, parts: Iterable[Table | str]) -> None:
+    console = _console(stream)
+    for part in parts:
+        # A sentence is never cut into lines, so that it can be searched for.
+        console.print(part, markup=False, soft_wrap=isinstance(part, str))

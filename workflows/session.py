@@ -6,9 +6,8 @@ Knows how jobs name things; the work itself is in `memedit.stages`. Second momen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
@@ -21,6 +20,7 @@ from memedit.config import EditSettings
 from memedit.defaults import defaults_for
 from memedit.errors import InputError
 from memedit.executor import Executor
+from memedit.files import Files
 from memedit.model import ModelSpec, load_config, load_tokenizer, positions_of
 from memedit.progress import Progress
 from memedit.prompts import (
@@ -57,14 +57,21 @@ class Base:
         """Where to compute."""
         return device_of_job(self.job)
 
-    def spec(self, *, folder: Path | None = None, until_layer: int | None = None) -> ModelSpec:
+    def spec(
+        self,
+        *,
+        files: Files | None = None,
+        until_layer: int | None = None,
+        published: Mapping[str, str] | None = None,
+    ) -> ModelSpec:
         """What a worker loads: the base, or another checkpoint of the same kind."""
         return ModelSpec(
-            folder=folder or self.checkpoint.folder,
+            files=files or self.checkpoint.files,
             device=self.device,
             dtype=self.job.dtype,
             until_layer=until_layer,
             overrides=dict(self.job.architecture),
+            published=published or {},
         )
 
 
@@ -101,14 +108,14 @@ def open_base(job: ModelJob, progress: Progress) -> Base:
         InputError: There is no such model, its files are damaged, or its family cannot be edited.
     """
     resolved = resolve_model(job.model, cache=job.cache_folder, progress=progress)
-    checkpoint = Checkpoint.open(resolved.folder, cache=job.cache_folder)
-    config = load_config(resolved.folder)
+    checkpoint = Checkpoint.open(resolved.files, cache=job.cache_folder)
+    config = load_config(resolved.files)
     return Base(
         name=resolved.name,
         checkpoint=checkpoint,
         config=config,
         arch=architecture_of(config, job.architecture),
-        tokenizer=load_tokenizer(resolved.folder),
+        tokenizer=load_tokenizer(resolved.files),
         job=job,
     )
 

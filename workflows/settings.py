@@ -8,114 +8,18 @@ that `memedit --help` is quick.
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from memedit.config import (
-    ContextSettings,
-    EditSettings,
-    EvaluationSettings,
-    MomentSettings,
-    SolveSettings,
-    TargetSettings,
-)
+from cluster.storage import StorageSettings
+from memedit.config import EditSettings, EvaluationSettings
 from memedit.errors import InputError
+from workflows.fields import LARGEST_SEED, SECTIONS, option, section
 from workflows.gates import Gate, parse_gate
-
-SECTIONS: dict[str, type] = {
-    "contexts": ContextSettings,
-    "targets": TargetSettings,
-    "moments": MomentSettings,
-    "solve": SolveSettings,
-    "evaluation": EvaluationSettings,
-}
-"""The sections of a job file. A job keeps of each only what was set: the defaults of the four
-sections of `memedit.config` depend on the model's family."""
-
-AT_LEAST: dict[str, float] = {
-    "contexts.sampled_tokens": 1,
-    "contexts.seed": 0,
-    "targets.steps": 2,
-    "targets.tokens_per_batch": 1,
-    "targets.v_weight_decay": 0,
-    "targets.kl_factor": 0,
-    "targets.loss_threshold": 0,
-    "moments.tokens": 1,
-    "moments.window": 2,
-    "moments.seed": 0,
-    "moments.tolerance": 0,
-    "solve.ridge": 0,
-    "evaluation.drift_prompts": 0,
-    "evaluation.fluency_facts": 0,
-    "evaluation.fluency_tokens": 1,
-    "evaluation.heldout_tokens": 0,
-    "evaluation.heldout_window": 2,
-    "evaluation.facts_per_portion": 1,
-    "evaluation.tokens_per_batch": 1,
-}
-ABOVE: dict[str, float] = {
-    "targets.lr": 0,
-    "targets.clamp_norm_factor": 0,
-    "solve.lam": 0,
-}
-"""The smallest values that mean something, of section fields; `option` has those of job fields."""
-LARGEST_SEED = 2**32 - 1
-"""Sampling counts on from a seed times 2^20, and torch's generators take 64 bits."""
-AT_MOST: dict[str, float] = {"contexts.seed": LARGEST_SEED, "moments.seed": LARGEST_SEED}
-"""The largest values that work."""
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    group: str = "Model",
-    metavar: str | None = None,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    positional: bool = False,
-    required: bool = False,
-    location: bool = False,
-    flag: bool = True,
-) -> Any:
-    """A field of a job, with what the command line and the job file need to know about it.
-
-    Args:
-        default: The value when no source sets it.
-        help: One sentence for `--help`.
-        group: The heading in `--help`.
-        metavar: What stands for the value in `--help`.
-        at_least: The smallest value allowed.
-        at_most: The largest value allowed.
-        positional: Given without a flag.
-        required: No default; the job is refused without it.
-        location: A text that may name a file or folder, relative to the job file.
-        flag: Whether it is a flag; sections are set with `--set` only.
-    """
-    metadata = {
-        "help": help,
-        "group": group,
-        "metavar": metavar,
-        "at_least": at_least,
-        "at_most": at_most,
-        "positional": positional,
-        "required": required,
-        "location": location,
-        "flag": flag,
-    }
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def section(name: str) -> Any:
-    """A section of a job: a mapping that holds only what was set."""
-    return option({}, f"Fields of the section `{name}`.", flag=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +42,13 @@ class Job:
     )
     debug: bool = option(False, "Show where in the code an error arose.", group="Reporting")
 
+    def check(self) -> None:
+        """Refuse fields that do not go together.
+
+        Raises:
+            InputError: Names one of them.
+        """
+
     @property
     def cache_folder(self) -> Path:
         """Where converted models, statistics and z vectors are kept between runs."""
@@ -147,12 +58,25 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoringJob(Job):
+    """A job that may write to object storage."""
+
+    storage: Mapping[str, Any] = section("storage")
+
+    @property
+    def storage_settings(self) -> StorageSettings:
+        """How objects are stored."""
+        return StorageSettings(**self.storage)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelJob(Job):
     """A job that runs a model."""
 
     model: str = option(
         "smollm2",
-        "The base model: smollm2 (the embedded default), a folder, or a Hugging Face id.",
+        "The base model: smollm2 (the embedded default), a folder, an s3:// prefix, or a Hugging"
+        " Face id.",
         metavar="MODEL",
         location=True,
     )
@@ -253,11 +177,16 @@ class WorkJob(ModelJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatsJob(WorkJob):
+class StatsJob(WorkJob, StoringJob):
     """`memedit stats`: collect second moments only."""
 
-    out: Path = option(
-        None, "Folder for the second moments.", group="Output", metavar="FOLDER", required=True
+    out: str = option(
+        None,
+        "Folder or s3:// prefix for the second moments; new or empty.",
+        group="Output",
+        metavar="PLACE",
+        required=True,
+        location="path",
     )
 
 
@@ -265,23 +194,25 @@ class StatsJob(WorkJob):
 class FactsJob(WorkJob):
     """A job over a fact table."""
 
-    facts: Path = option(
+    facts: str = option(
         None,
-        "The fact table: JSON lines, JSON, Parquet or CSV.",
+        "The fact table: JSON lines, JSON, Parquet or CSV; a path or s3:// object.",
         group="Input",
         metavar="FILE",
         required=True,
+        location="path",
     )
     on_bad_row: Literal["fail", "skip"] = option(
         "fail",
         "A row that is wrong: stop before anything is written, or put it into rejects.jsonl.",
         group="Input",
     )
-    stats: Path | None = option(
+    stats: str | None = option(
         None,
         "Second moments made by `memedit stats`, to use instead of collecting them.",
         group="Input",
-        metavar="FOLDER",
+        metavar="PLACE",
+        location="path",
     )
     method: Literal["memit"] = option("memit", "The editing method.", group="Method")
     contexts: Mapping[str, Any] = section("contexts")
@@ -310,15 +241,52 @@ class PlanJob(FactsJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditJob(FactsJob):
+class PublishJob(StoringJob):
+    """A job that publishes a version."""
+
+    out: str | None = option(
+        None,
+        "Folder or s3:// prefix for what is published; new or empty.",
+        group="Output",
+        metavar="PLACE",
+        location="path",
+    )
+    registry: str | None = option(
+        None,
+        "Registry (folder or s3:// prefix) to publish into instead of --out: the version becomes"
+        " its CURRENT.",
+        group="Output",
+        metavar="PLACE",
+        location="path",
+    )
+
+    def check(self) -> None:
+        """See `Job`: a version goes to one place."""
+        if self.out is None and self.registry is None:
+            raise InputError(
+                "missing; give --out or --registry, or `out` or `registry` in the job file",
+                field="out",
+            )
+        if self.out is not None and self.registry is not None:
+            raise InputError("give this or out, not both", field="registry")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditJob(FactsJob, PublishJob):
     """`memedit edit`: the main job."""
 
-    out: Path = option(
-        None,
-        "Folder for the patched checkpoint and the report; new or empty.",
+    format: Literal["full", "delta", "lora"] = option(
+        "full",
+        "What is published: a checkpoint, the update alone (for `memedit apply`), or a PEFT"
+        " adapter.",
         group="Output",
-        metavar="FOLDER",
-        required=True,
+    )
+    lora_rank: int = option(
+        256,
+        "The largest rank of an adapter; with more facts the update is truncated to it.",
+        group="Output",
+        metavar="N",
+        at_least=1,
     )
     gate: tuple[str, ...] = option(
         (),
@@ -337,12 +305,13 @@ class EditJob(FactsJob):
 class EvaluateJob(ModelJob):
     """`memedit evaluate`: the metrics of a checkpoint on a fact table."""
 
-    facts: Path = option(
+    facts: str = option(
         None,
-        "The fact table: JSON lines, JSON, Parquet or CSV.",
+        "The fact table: JSON lines, JSON, Parquet or CSV; a path or s3:// object.",
         group="Input",
         metavar="FILE",
         required=True,
+        location="path",
     )
     base: str | None = option(
         None,
@@ -390,20 +359,6 @@ class GenerateJob(ModelJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyJob(Job):
-    """`memedit verify`: check a published version against its manifest."""
-
-    version: Path = option(
-        None,
-        "The checkpoint folder that holds memedit.json.",
-        group="Input",
-        metavar="FOLDER",
-        positional=True,
-        required=True,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class DoctorJob(Job):
     """`memedit doctor`: what is installed, reachable and missing, with the remedy."""
 
@@ -412,41 +367,6 @@ class DoctorJob(Job):
     )
 
 
-JOBS: dict[str, type[Job]] = {
-    "edit": EditJob,
-    "stats": StatsJob,
-    "evaluate": EvaluateJob,
-    "generate": GenerateJob,
-    "plan": PlanJob,
-    "verify": VerifyJob,
-    "doctor": DoctorJob,
-}
-"""The command of each job."""
-
-
 def new_run_id() -> str:
     """A name for a run: the time (UTC) to the second, and four random hexadecimal digits."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
-
-
-def parse_layers(value: object) -> object:
-    """`"5-7,9"`, `7` or `[5, 6, 7, 9]` as the layers in ascending order, each once.
-
-    Raises:
-        InputError: it is none of these, or a layer is negative.
-    """
-    wrong = InputError(f"not layers: {value!r}; write 5-9, or 5,6,9, or [5, 6, 9]")
-    if isinstance(value, list | tuple):
-        parts = [str(part) for part in value]
-    else:
-        parts = str(value).split(",")
-    layers: set[int] = set()
-    for part in parts:
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if match is None:
-            raise wrong
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise wrong
-        layers.update(range(first, last + 1))
-    return tuple(sorted(layers))

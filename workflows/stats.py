@@ -11,11 +11,11 @@ from dataclasses import asdict
 from typing import Any
 
 from cluster.artifacts import Artifacts
+from cluster.publication import open_publication
 from memedit.manifest import code_versions
 from memedit.moments import save_moment
 from memedit.progress import Progress
-from memedit.publication import Publication
-from workflows.moments import STATS_NAME, TokenSource, corpus_of, moments_for, moments_path
+from workflows.moments import STATS_NAME, TokenSource, corpus_of, moments_for, moments_name
 from workflows.progress import Timed
 from workflows.session import open_base, open_workers, settings_of
 from workflows.settings import StatsJob, new_run_id
@@ -24,7 +24,9 @@ from workflows.settings import StatsJob, new_run_id
 def run_stats(job: StatsJob, progress: Progress) -> Mapping[str, Any]:
     """Run `memedit stats`; the folder appears whole or not at all."""
     timed = Timed(progress)
-    with Publication(job.out, run_id=job.run_id or new_run_id()) as publication:
+    with open_publication(
+        job.out, run_id=job.run_id or new_run_id(), storage=job.storage_settings
+    ) as publication:
         timed.start("load")
         base = open_base(job, timed)
         settings = settings_of(job, base, 1, timed)
@@ -52,7 +54,7 @@ def run_stats(job: StatsJob, progress: Progress) -> Mapping[str, Any]:
         layers: dict[str, dict[str, Any]] = {}
         for layer in sorted(moments):
             moment = moments[layer]
-            path = moments_path(publication.staging, layer)
+            path = publication.staging / moments_name(layer)
             save_moment(path, moment, metadata={"digest": moments.digests[layer]})
             layers[str(layer)] = asdict(moment.summary)
             del moment  # not held while the next one is read
@@ -67,7 +69,7 @@ def run_stats(job: StatsJob, progress: Progress) -> Mapping[str, Any]:
         (publication.staging / STATS_NAME).write_text(json.dumps(stats, indent=2) + "\n")
         publication.appear()
     return {
-        "out": str(job.out),
+        "out": job.out,
         "model": base.name,
         "corpus": source.corpus.spec,
         "layers": layers,

@@ -14,10 +14,11 @@ import pytest
 from cluster.executors import open_executor, prepare_ray
 from memedit.errors import InputError
 from memedit.executor import InlineExecutor
+from memedit.files import LocalFiles
 from memedit.model import ModelSpec
 from tests.tiny import save_tiny
 
-NOWHERE = ModelSpec(folder=Path("/nonexistent"))
+NOWHERE = ModelSpec(files=LocalFiles(Path("/nonexistent")))
 PREPARED = {
     "RAY_AUTH_MODE",
     "RAY_AUTH_TOKEN",
@@ -32,8 +33,10 @@ def test_inline_runs_import_no_ray(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path\n"
         "from cluster.executors import open_executor\n"
+        "from memedit.files import LocalFiles\n"
         "from memedit.model import ModelSpec\n"
-        "with open_executor('inline', ModelSpec(folder=Path(sys.argv[1])), threads=1): pass\n"
+        "spec = ModelSpec(files=LocalFiles(Path(sys.argv[1])))\n"
+        "with open_executor('inline', spec, threads=1): pass\n"
         "assert 'ray' not in sys.modules\n"
         "assert not any(name.startswith('RAY_') for name in __import__('os').environ)\n"
     )
@@ -43,7 +46,9 @@ def test_inline_runs_import_no_ray(tmp_path: Path) -> None:
 
 
 def test_inline_is_this_process(tmp_path: Path) -> None:
-    with open_executor("inline", ModelSpec(folder=save_tiny(tmp_path / "model"))) as executor:
+    with open_executor(
+        "inline", ModelSpec(files=LocalFiles(save_tiny(tmp_path / "model")))
+    ) as executor:
         assert isinstance(executor, InlineExecutor)
 
 

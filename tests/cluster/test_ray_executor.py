@@ -22,6 +22,7 @@ from cluster.executors import open_executor, prepare_ray
 from cluster.placement import Placement
 from memedit.errors import InputError, MemeditError, NumericalError
 from memedit.executor import InlineExecutor
+from memedit.files import LocalFiles
 from memedit.model import ModelSpec
 from tests.cluster.processes import comes_true
 from tests.tiny import save_tiny
@@ -78,7 +79,7 @@ def broken_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def executor(ray_cluster: Any, model: Path) -> Iterator[RayExecutor]:
-    opened: Any = open_executor("ray", ModelSpec(folder=model), workers=2, threads=1)
+    opened: Any = open_executor("ray", ModelSpec(files=LocalFiles(model)), workers=2, threads=1)
     with opened:
         yield opened
     opened.close()  # again does nothing
@@ -90,7 +91,7 @@ def executor(ray_cluster: Any, model: Path) -> Iterator[RayExecutor]:
 @pytest.fixture
 def fresh(executor: RayExecutor, model: Path) -> RayExecutor:
     """The executor with an unedited model and no state."""
-    executor.broadcast("load", ModelSpec(folder=model))
+    executor.broadcast("load", ModelSpec(files=LocalFiles(model)))
     return executor
 
 
@@ -102,7 +103,7 @@ def test_units_give_what_they_give_inline(fresh: RayExecutor, model: Path) -> No
     units = [(1, length, length) for length in range(4, 15)]
     threads = torch.get_num_threads()
     try:
-        inline = InlineExecutor(ModelSpec(folder=model), threads=1)
+        inline = InlineExecutor(ModelSpec(files=LocalFiles(model)), threads=1)
         expected = dict(inline.map("sample", units))
     finally:
         torch.set_num_threads(threads)
@@ -140,14 +141,14 @@ def test_an_error_arrives_as_it_was_raised(
     fresh: RayExecutor, model: Path, broken_model: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError) as no_folder:
-        fresh.broadcast("load", ModelSpec(folder=tmp_path / "absent"))
+        fresh.broadcast("load", ModelSpec(files=LocalFiles(tmp_path / "absent")))
     assert type(no_folder.value) is InputError
     assert no_folder.value.source == tmp_path / "absent"
     assert "every machine" in no_folder.value.message
     with pytest.raises(InputError, match="the config could not be read") as no_model:
-        list(fresh.map("load", [(ModelSpec(folder=tmp_path),)] * 3))
+        list(fresh.map("load", [(ModelSpec(files=LocalFiles(tmp_path)),)] * 3))
     assert type(no_model.value) is InputError
-    fresh.broadcast("load", ModelSpec(folder=broken_model))
+    fresh.broadcast("load", ModelSpec(files=LocalFiles(broken_model)))
     with pytest.raises(NumericalError, match="layer 1 are not finite") as not_finite:
         list(fresh.map("count", [([WINDOW], (1,), True)]))
     assert type(not_finite.value) is NumericalError
@@ -155,7 +156,7 @@ def test_an_error_arrives_as_it_was_raised(
         fresh.broadcast("no_such_method")
     assert type(mistake.value) is AttributeError
     # None of this has hurt the workers.
-    fresh.broadcast("load", ModelSpec(folder=model))
+    fresh.broadcast("load", ModelSpec(files=LocalFiles(model)))
     assert len(list(fresh.map("count", [([WINDOW], (1,), True)] * 3))) == 3
 
 
@@ -175,7 +176,7 @@ def test_more_than_the_cluster_has_starts_nothing(
 
     before = free()
     with pytest.raises(InputError) as caught:
-        open_executor("ray", ModelSpec(folder=model), **asked)
+        open_executor("ray", ModelSpec(files=LocalFiles(model)), **asked)
     assert caught.value.field == field
     assert all(word in caught.value.message for word in words)
     assert free() == before
@@ -183,7 +184,7 @@ def test_more_than_the_cluster_has_starts_nothing(
 
 def test_a_gpu_device_without_gpus_is_refused(ray_cluster: Any, model: Path) -> None:
     with pytest.raises(InputError, match="say how many") as caught:
-        open_executor("ray", ModelSpec(folder=model, device="cuda"))
+        open_executor("ray", ModelSpec(files=LocalFiles(model), device="cuda"))
     assert caught.value.field == "gpus_per_worker"
 
 
@@ -193,10 +194,12 @@ def test_the_device_of_a_worker(
     from cluster.ray_executor import _Actor
 
     actor = _Actor(Placement(workers=1, threads=1, gpus=1))
-    on_cpu, on_gpu = (ModelSpec(folder=model, device=device) for device in ("cpu", "cuda:3"))
+    on_cpu, on_gpu = (
+        ModelSpec(files=LocalFiles(model), device=device) for device in ("cpu", "cuda:3")
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert actor._here(on_cpu) == on_cpu
-    assert actor._here(on_gpu) == ModelSpec(folder=model, device="cuda")
+    assert actor._here(on_gpu) == ModelSpec(files=LocalFiles(model), device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=r"on 127\.0\.0\.1 sees no GPU") as caught:
         actor._here(on_gpu)
@@ -204,7 +207,7 @@ def test_the_device_of_a_worker(
 
 
 def test_a_killed_worker_is_reported(ray_cluster: Any, model: Path) -> None:
-    spec = ModelSpec(folder=model)  # on the CPU, though it has a GPU
+    spec = ModelSpec(files=LocalFiles(model))  # on the CPU, though it has a GPU
     opened: Any = open_executor("ray", spec, workers=1, threads=1, gpus_per_worker=1)
     with opened as executor, pytest.raises(MemeditError) as caught:
         for done, _ in enumerate(executor.map("count", [([WINDOW], (1,), True)] * 1000)):
@@ -222,6 +225,7 @@ DRIVER = """
 import signal, sys
 from pathlib import Path
 from cluster.executors import open_executor
+from memedit.files import LocalFiles
 from memedit.model import ModelSpec
 
 def stop(number, frame):
@@ -229,7 +233,7 @@ def stop(number, frame):
 
 signal.signal(signal.SIGTERM, stop)
 signal.signal(signal.SIGINT, stop)  # a shell that runs tests in the background has it ignored
-spec = ModelSpec(folder=Path(sys.argv[1]))
+spec = ModelSpec(files=LocalFiles(Path(sys.argv[1])))
 with open_executor("ray", spec, address=sys.argv[2], workers=1, threads=1) as executor:
     try:
         print(executor.seats[0].pid, flush=True)

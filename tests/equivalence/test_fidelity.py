@@ -10,6 +10,7 @@ import torch
 
 from memedit.config import MomentSettings, TargetSettings
 from memedit.executor import InlineExecutor
+from memedit.files import LocalFiles
 from memedit.model import ModelSpec, load_model
 from memedit.progress import Silent
 from memedit.prompts import BARE, FIXED_CONTEXTS, encode_request
@@ -38,14 +39,14 @@ def requests() -> list[EditRequest]:
 
 @pytest.fixture()
 def executor(smollm2: Path) -> Iterator[InlineExecutor]:
-    with InlineExecutor(ModelSpec(folder=smollm2)) as executor:
+    with InlineExecutor(ModelSpec(files=LocalFiles(smollm2))) as executor:
         yield executor
 
 
 def test_z_statistics_and_updates_equal_the_plain_ones(
     smollm2: Path, executor: InlineExecutor, requests: list[EditRequest]
 ) -> None:
-    plain = load_model(ModelSpec(folder=smollm2))
+    plain = load_model(ModelSpec(files=LocalFiles(smollm2)))
     model, tokenizer = plain.model, plain.tokenizer
     settings = TargetSettings(steps=6, lr=0.5, tokens_per_batch=60)  # so that the batch is refilled
     encoded = [encode_request(tokenizer, request, CONTEXTS) for request in requests]

@@ -94,11 +94,12 @@ def test_no_neighbour_is_edited_itself(requests: tuple[EditRequest, ...]) -> Non
 def test_the_embedded_model_knows_them_and_can_look_them_up(
     requests: tuple[EditRequest, ...], smollm2: Path
 ) -> None:
+    from memedit.files import LocalFiles
     from memedit.model import ModelSpec, load_model
     from memedit.prompts import encode_completion, encode_request
     from memedit.scoring import Completion, score_completions
 
-    loaded = load_model(ModelSpec(folder=smollm2))
+    loaded = load_model(ModelSpec(files=LocalFiles(smollm2)))
     for request in requests:
         # Refuses a subject that is the single first token, the attention sink.
         encode_request(loaded.tokenizer, request, ["{}"])

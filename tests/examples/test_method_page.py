@@ -19,7 +19,7 @@ def names() -> list[str]:
 
 def test_the_page_names_functions_of_every_step() -> None:
     modules = {name.split(".")[0] for name in names()}
-    assert {"prompts", "moments", "targets", "keys", "solve", "stages", "checkpoint"} <= modules
+    assert {"prompts", "moments", "targets", "keys", "solve", "stages", "patching"} <= modules
 
 
 @pytest.mark.parametrize("name", names())

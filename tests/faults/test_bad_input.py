@@ -36,7 +36,7 @@ from tests.workflows.runs import (
     without_plots,
     write_rows,
 )
-from workflows.settings import LARGEST_SEED
+from workflows.fields import LARGEST_SEED
 
 EDITED = "model.layers.1.mlp.down_proj.weight"
 UNEDITED = "model.layers.3.self_attn.o_proj.weight"
@@ -254,6 +254,10 @@ OTHER_CASES = {
         change=_more("--set", "architecture.rewrit=mlp"), says="rewrit"
     ),
     "no such stats": Case(change=_more("--stats", "none"), says="no such folder", source="none"),
+    "two places": Case(change=_more("--registry", "r"), says="not both", field="registry"),
+    "no place that can be read": Case(
+        change=_more("--stats", "gs://bucket/x"), says="s3://bucket/prefix", field="stats"
+    ),
     "no such device": Case(change=_more("--device", "gpu"), says="gpu", field="device"),
     "seed too large": Case(
         change=_more("--seed", "100000000000000000"), says="at most 4294967295", field="seed"

@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from memedit.manifest import verify
+from memedit.files import LocalFiles
+from memedit.verify import verify
 from memedit.worker import Worker
 from tests.faults.test_publish_kill import in_child
 from tests.tiny import save_tiny
@@ -146,7 +147,7 @@ def test_killed_at_many_moments(
             assert computed["targets"] == 3 - z
             assert (computed["count"] == 0) == (moments == 2)
             assert left_overs(out) == set()
-        assert verify(out) == []
+        assert verify(LocalFiles(out)) == []
         same_weights(out, whole_out)
     # Before and after the statistics and the z vectors, and after the version appeared.
     assert {moments for _, _, moments in seen} >= {0, 2}

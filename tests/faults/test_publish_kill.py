@@ -13,33 +13,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from memedit.checkpoint import Checkpoint, write_patched
-from memedit.manifest import verify
+from memedit.checkpoint import Checkpoint
+from memedit.files import LocalFiles
+from memedit.patching import write_patched
 from memedit.publication import Publication
+from memedit.verify import verify
 from tests.memedit.test_manifest import manifest_of
+from tests.patches import each_row
+from tests.tiny import save_tiny
+
+EDITED = ("model.layers.0.mlp.down_proj.weight", "lm_head.weight")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    folder = tmp_path_factory.mktemp("base")
-    weight_map = {}
-    for number in range(3):
-        shard = f"model-{number}.safetensors"
-        save_file({f"w{number}": torch.full((64, 64), float(number + 1))}, folder / shard)
-        weight_map[f"w{number}"] = shard
-    (folder / "model.safetensors.index.json").write_text(
-        f'{{"weight_map": {str(weight_map).replace(chr(39), chr(34))}}}'
-    )
-    (folder / "config.json").write_text("{}")
-    (folder / "tokenizer.json").write_text("{}")
-    return Checkpoint.open(folder)
+    folder = tmp_path_factory.mktemp("base") / "model"
+    base = Checkpoint.open(save_tiny(folder, max_shard_size="100KB"))
+    assert len(base.shards) == 3 and len({base.shard_of(name) for name in EDITED}) == 2
+    return base
 
 
 def publish(base: Checkpoint, out: Path, run_id: str) -> None:
     with Publication(out, run_id=run_id) as publication:
-        patched = write_patched(base, publication.staging, {"w0": torch.neg, "w2": torch.neg})
+        patched = write_patched(
+            base, publication.sink, {name: each_row(torch.neg) for name in EDITED}
+        )
         (publication.staging / "report.html").write_text("<html>")
         publication.publish(
             manifest_of(run_id=run_id, files=patched.files, tensors=patched.tensors)
@@ -80,10 +79,10 @@ def check_nothing_or_all(base: Checkpoint, out: Path) -> bool:
     present = out.exists()
     if not present:
         publish(base, out, "second")
-    assert verify(out) == []
+    assert verify(LocalFiles(out)) == []
     found = Checkpoint.open(out)
-    for name, sign in (("w0", -1), ("w1", 1), ("w2", -1)):
-        assert torch.equal(found.read(name), sign * base.read(name))
+    for name in base.names:
+        assert torch.equal(found.read(name), (-1 if name in EDITED else 1) * base.read(name))
     # Not even hidden left-overs, once a run has ended well.
     left = {p.name for p in out.parent.iterdir()} - {".out.lock"}
     assert left == {"out"}
@@ -111,7 +110,7 @@ def test_killed_before_each_call_to_the_file_system(base: Checkpoint, tmp_path: 
         pytest.fail("the publication never ended")
     # Kills both before and after the version appeared, or the test has not tested.
     assert seen[False] > 20 and seen[True] > 0
-    assert verify(parent / "out") == []
+    assert verify(LocalFiles(parent / "out")) == []
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from memedit import stages
 from memedit.architecture import Architecture
 from memedit.config import EvaluationSettings, MomentSettings, TargetSettings
 from memedit.executor import Executor
+from memedit.files import LocalFiles
 from memedit.model import ModelSpec, load_model
 from memedit.moments import SecondMoment
 from memedit.progress import Silent
@@ -75,14 +76,16 @@ def small_units() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def inline(folder: Path) -> Iterator[Executor]:
     threads = torch.get_num_threads()
-    with open_executor("inline", ModelSpec(folder=folder), threads=1) as executor:
+    with open_executor("inline", ModelSpec(files=LocalFiles(folder)), threads=1) as executor:
         yield executor
     torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def on_ray(folder: Path) -> Iterator[Executor]:
-    with open_executor("ray", ModelSpec(folder=folder), workers=2, threads=1) as executor:
+    with open_executor(
+        "ray", ModelSpec(files=LocalFiles(folder)), workers=2, threads=1
+    ) as executor:
         assert executor.n_workers == 2
         yield executor
     import ray
@@ -96,13 +99,13 @@ def on_ray(folder: Path) -> Iterator[Executor]:
 def both(inline: Executor, on_ray: Executor, folder: Path) -> tuple[Executor, Executor]:
     """Both executors with the unedited model."""
     for executor in (inline, on_ray):
-        executor.broadcast("load", ModelSpec(folder=folder))
+        executor.broadcast("load", ModelSpec(files=LocalFiles(folder)))
     return inline, on_ray
 
 
 @pytest.fixture(scope="module")
 def loaded(folder: Path) -> Any:
-    return load_model(ModelSpec(folder=folder))
+    return load_model(ModelSpec(files=LocalFiles(folder)))
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +217,7 @@ def test_targets_keys_and_updates(
     ]
     assert len(states) == 3
     assert all(torch.equal(state, states[0]) for state in states)
-    both[0].broadcast("load", ModelSpec(folder=folder))
+    both[0].broadcast("load", ModelSpec(files=LocalFiles(folder)))
     (base,) = both[0].broadcast("keys", 0, encoded, above, above)
     assert not torch.equal(base.current_NO, states[0])
 

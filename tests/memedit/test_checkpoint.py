@@ -1,4 +1,4 @@
-"""Reading, checking and patching checkpoint folders."""
+"""Reading and checking checkpoints; `test_patching.py` writes them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from memedit import checkpoint as checkpoints
 from memedit import checksums, shards
-from memedit.checkpoint import Checkpoint, write_patched
-from memedit.errors import InputError, NumericalError
+from memedit.checkpoint import Checkpoint
+from memedit.errors import InputError
+from memedit.files import LocalFiles
+from memedit.manifest import MANIFEST_NAME, write_manifest
+from memedit.patching import LocalSink, write_patched
+from tests.elsewhere import Elsewhere
+from tests.memedit.test_manifest import manifest_of
+from tests.patches import each_row
 from tests.tiny import save_tiny
 
 INDEX = "model.safetensors.index.json"
@@ -33,8 +38,11 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def plain(tmp_path: Path) -> Path:
+    return two_shards(tmp_path / "plain")
+
+
+def two_shards(folder: Path) -> Path:
     """Two shards with an index, made without transformers."""
-    folder = tmp_path / "plain"
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     parts = {
@@ -103,8 +111,108 @@ def test_a_single_file_wins_over_an_index_as_in_transformers(plain: Path) -> Non
 
 
 def test_an_unknown_tensor_is_named(plain: Path) -> None:
-    with pytest.raises(InputError, match="no tensor 'missing'"):
-        Checkpoint.open(plain).read("missing")
+    checkpoint = Checkpoint.open(plain)
+    for read in (checkpoint.read, lambda name: checkpoint.read_rows(name, 0, 1)):
+        with pytest.raises(InputError, match="no tensor 'missing'"):
+            read("missing")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_rows_are_those_of_the_whole_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {
+        "matrix": torch.arange(30).reshape(6, 5).to(dtype),
+        "vector": torch.arange(7).to(dtype),
+        "experts": torch.arange(24).reshape(4, 3, 2).to(dtype),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = Checkpoint.open(tmp_path)
+    for name, whole in tensors.items():
+        for start, stop in ((0, len(whole)), (0, 1), (1, 3), (3, 4), (2, 2)):
+            found = checkpoint.read_rows(name, start, stop)
+            assert found.dtype == dtype and torch.equal(found, whole[start:stop])
+
+
+def test_only_what_is_wanted_is_read(plain: Path) -> None:
+    far = Elsewhere(plain)
+    checkpoint = Checkpoint.open(far)
+    assert checkpoint.files.location == "far://plain" and checkpoint.config == {
+        "model_type": "llama"
+    }
+    here, info = Checkpoint.open(plain), checkpoint.info("w")
+    assert checkpoint.tensors == here.tensors and checkpoint.digest == here.digest
+    far.reads.clear()
+    assert torch.equal(checkpoint.read("w"), here.read("w"))
+    assert torch.equal(checkpoint.read_rows("w", 1, 2), here.read("w")[1:2])
+    row_bytes = info.size_bytes // 3
+    assert far.reads == [
+        (info.shard, info.offset, info.size_bytes),
+        (info.shard, info.offset + row_bytes, row_bytes),
+    ]
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^far://absent: nothing lies here"):
+        Checkpoint.open(Elsewhere(tmp_path / "absent"))
+    with pytest.raises(InputError, match=f"^{tmp_path}: the folder is empty"):
+        Checkpoint.open(tmp_path)
+
+
+class TestPublished:
+    """A version knows its edited tensors, and gives out no others in their place."""
+
+    @pytest.fixture
+    def version(self, plain: Path, tmp_path: Path) -> Path:
+        version = tmp_path / "version"
+        version.mkdir()
+        changes = {"w": each_row(torch.neg), "h": each_row(torch.neg)}
+        patched = write_patched(Checkpoint.open(plain), LocalSink(version), changes)
+        write_manifest(version, manifest_of(files=patched.files, tensors=patched.tensors))
+        return version
+
+    def change(self, version: Path, name: str) -> None:
+        info = Checkpoint.open(version).info(name)
+        with (version / info.shard).open("r+b") as file:
+            file.seek(info.offset + info.size_bytes - 1)
+            last = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([last[0] ^ 1]))
+
+    @pytest.mark.parametrize("place", [LocalFiles, Elsewhere])
+    def test_a_changed_tensor_is_refused(self, version: Path, place: type[LocalFiles]) -> None:
+        Checkpoint.open(place(version)).check_published()
+        self.change(version, "h")
+        checkpoint = Checkpoint.open(place(version))
+        for read in (lambda: checkpoint.read("h"), checkpoint.check_published):
+            with pytest.raises(InputError, match="not the one that was published") as caught:
+                read()
+            assert caught.value.field == "h"
+            assert str(caught.value.source) == f"{place(version).location}/b.safetensors"
+        assert checkpoint.read("w").numel() == 12
+
+    def test_tensors_that_were_not_edited_are_not_checked(self, version: Path) -> None:
+        listed = json.loads((version / MANIFEST_NAME).read_text())
+        del listed["tensors"]["h"]
+        (version / MANIFEST_NAME).write_text(json.dumps(listed))
+        self.change(version, "h")
+        Checkpoint.open(version).check_published()
+
+    @pytest.mark.parametrize("kind", ["delta", "lora"])
+    def test_the_tensors_of_an_update_are_elsewhere(self, version: Path, kind: str) -> None:
+        """Its manifest lists what the edited tensors become."""
+        listed = json.loads((version / MANIFEST_NAME).read_text())
+        (version / MANIFEST_NAME).write_text(json.dumps(listed | {"format": kind}))
+        assert Checkpoint.open(version).published == {}
+
+    def test_a_manifest_that_was_removed_says_nothing(self, version: Path) -> None:
+        self.change(version, "h")
+        (version / MANIFEST_NAME).unlink()
+        assert Checkpoint.open(version).read("h").numel() == 5
+
+    def test_a_damaged_manifest_is_refused(self, version: Path) -> None:
+        (version / MANIFEST_NAME).write_text("{")
+        with pytest.raises(InputError, match=r"memedit\.json: not JSON"):
+            Checkpoint.open(version)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -116,7 +224,9 @@ def test_a_weight_that_is_not_finite_is_found(
     (tmp_path / "config.json").write_text("{}")
     checkpoint = Checkpoint.open(tmp_path)
     assert checkpoint.read("w").numel() == 2
-    for check in (checkpoint.check_finite, lambda: checkpoint.check_editable(["w"])):
+    # Whether a weight can be edited is told without reading it: writing the edit finds this.
+    checkpoint.check_editable(["w"])
+    for check in (checkpoint.check_finite, lambda: checkpoint.check_finite(["w"])):
         with pytest.raises(InputError, match=r"model\.safetensors \[w\].*NaN or an infinity"):
             check()
 
@@ -272,12 +382,32 @@ class TestDigest:
             os.utime(path, (1_000_000_000, 1_000_000_000))
         cache = tmp_path / "cache"
         digest = Checkpoint.open(plain, cache=cache).digest
+        again = Checkpoint.open(plain, cache=cache)
         with monkeypatch.context() as patched:
-            patched.setattr(hashlib, "file_digest", lambda *_: pytest.fail("was read again"))
-            assert Checkpoint.open(plain, cache=cache).digest == digest
+            for read in ("read_into", "open"):
+                patched.setattr(LocalFiles, read, lambda *_: pytest.fail("was read again"))
+            assert again.digest == digest
+            again.check_finite()
         shard = plain / "a.safetensors"
         shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
         assert Checkpoint.open(plain, cache=cache).digest != digest
+
+    def test_a_large_shard_is_looked_at_in_pieces(
+        self, plain: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In one pass: its sha256, and the first weight that is not finite."""
+        monkeypatch.setattr(checkpoints, "_PIECE_BYTES", 16)
+        bad = torch.ones(5, 3)
+        bad[4, 2] = float("nan")
+        save_file({"good": torch.ones(7), "bad": bad}, plain / "model.safetensors")
+        checkpoint = Checkpoint.open(plain)
+        found = checkpoint.file_records["model.safetensors"]
+        content = (plain / "model.safetensors").read_bytes()
+        assert found.sha256 == hashlib.sha256(content).hexdigest()
+        assert found.size_bytes == len(content)
+        with pytest.raises(InputError, match=r"\[bad\].*NaN"):
+            checkpoint.check_finite()
+        checkpoint.check_finite(["good"])
 
     def test_a_file_just_written_is_not_remembered(self, plain: Path, tmp_path: Path) -> None:
         os.utime(plain / "config.json", (time.time(), time.time()))
@@ -301,154 +431,3 @@ class TestDigest:
         os.utime(plain / "config.json", (1_000_000_000, 1_000_000_000))
         found = checksums.record_of(plain / "config.json", cache=tmp_path / "file")
         assert found == checksums.record_of(plain / "config.json")
-
-
-class TestWritePatched:
-    def test_only_the_bytes_of_the_edited_tensor_change(
-        self, tiny_base: Path, tmp_path: Path
-    ) -> None:
-        base = Checkpoint.open(tiny_base)
-        delta = torch.randn(base.info(WEIGHT).shape, generator=torch.Generator().manual_seed(1))
-        result = write_patched(base, tmp_path, {WEIGHT: lambda w: w + delta})
-
-        edited = base.shard_of(WEIGHT)
-        assert result.rewritten == (edited,)
-        info = base.info(WEIGHT)
-        before, after = (tiny_base / edited).read_bytes(), (tmp_path / edited).read_bytes()
-        end = info.offset + info.size_bytes
-        assert before[: info.offset] == after[: info.offset] and before[end:] == after[end:]
-        expected = base.read(WEIGHT) + delta
-        assert torch.equal(load_file(tmp_path / edited)[WEIGHT], expected)
-
-        record = result.tensors[WEIGHT]
-        assert record.sha256 == hashlib.sha256(after[info.offset : end]).hexdigest()
-        # (W + Δ) - W rounds like W + Δ does.
-        assert record.delta_norm == pytest.approx(float(delta.double().norm()), rel=1e-5)
-        assert record.weight_norm == pytest.approx(float(base.read(WEIGHT).double().norm()))
-        assert record.rounding_error == 0.0
-        for name, listed in result.files.items():
-            content = (tmp_path / name).read_bytes()
-            assert listed.sha256 == hashlib.sha256(content).hexdigest()
-            assert listed.size_bytes == len(content)
-        assert set(result.files) == {p.name for p in tiny_base.iterdir()}
-        assert set(result.files) == {p.name for p in tmp_path.iterdir()}
-
-    def test_transformers_loads_the_copy_with_the_edit(
-        self, tiny_base: Path, tmp_path: Path
-    ) -> None:
-        write_patched(Checkpoint.open(tiny_base), tmp_path, {WEIGHT: torch.neg})
-        before = AutoModelForCausalLM.from_pretrained(tiny_base).state_dict()
-        after = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
-        assert AutoTokenizer.from_pretrained(tmp_path).encode("a b")
-        for name, tensor in before.items():
-            assert torch.equal(after[name], -tensor if name == WEIGHT else tensor)
-
-    def test_untouched_shards_are_linked_and_side_files_are_not(
-        self, plain: Path, tmp_path: Path
-    ) -> None:
-        (plain / "tokenizer.json").write_text("{}")
-        write_patched(Checkpoint.open(plain), tmp_path, {"w": torch.neg})
-        assert (tmp_path / "b.safetensors").samefile(plain / "b.safetensors")
-        for name in ("a.safetensors", "tokenizer.json", "config.json", INDEX):
-            assert (tmp_path / name).stat().st_nlink == 1
-
-    def test_copies_where_links_and_reflinks_are_not_possible(
-        self, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def refuse(*_: object, **__: object) -> None:
-            raise OSError("not here")
-
-        monkeypatch.setattr(os, "link", refuse)
-        monkeypatch.setattr(os, "copy_file_range", refuse)
-        write_patched(Checkpoint.open(plain), tmp_path, {"w": torch.neg})
-        assert not (tmp_path / "b.safetensors").samefile(plain / "b.safetensors")
-        assert (tmp_path / "b.safetensors").read_bytes() == (plain / "b.safetensors").read_bytes()
-        assert torch.equal(Checkpoint.open(tmp_path).read("w"), -Checkpoint.open(plain).read("w"))
-
-    def test_a_base_of_symbolic_links_as_in_the_hub_cache(
-        self, plain: Path, tmp_path: Path
-    ) -> None:
-        snapshot, out = tmp_path / "snapshot", tmp_path / "out"
-        snapshot.mkdir()
-        out.mkdir()
-        for path in plain.iterdir():
-            (snapshot / path.name).symlink_to(Path("..") / "plain" / path.name)
-        write_patched(Checkpoint.open(snapshot), out, {"w": torch.neg})
-        assert not any(p.is_symlink() for p in out.iterdir())
-        assert Checkpoint.open(out).names == Checkpoint.open(plain).names
-
-    def test_what_must_not_go_along_stays(self, plain: Path, tmp_path: Path) -> None:
-        stay = (
-            *("memedit.json", "facts.jsonl", "report.html", "rejects.jsonl"),
-            *("pytorch_model.bin", "x.gguf"),
-            *(".gitattributes", "consolidated.safetensors"),
-        )
-        go = ("LICENSE", "generation_config.json", "additional_chat_templates/tool.jinja")
-        for name in (*stay, *go):
-            (plain / name).parent.mkdir(exist_ok=True)
-            (plain / name).write_text("text")
-        (plain / "nested").mkdir()
-        (plain / "nested" / "other.json").write_text("{}")
-        out = tmp_path / "out"
-        out.mkdir()
-        result = write_patched(Checkpoint.open(plain), out, {})
-        assert result.rewritten == ()
-        assert set(result.files) == {*go, "config.json", INDEX, "a.safetensors", "b.safetensors"}
-
-    def test_the_stored_dtype_stays_and_the_rounding_is_measured(
-        self, plain: Path, tmp_path: Path
-    ) -> None:
-        base = Checkpoint.open(plain)
-        delta = torch.full((5,), 1e-3, dtype=torch.float64)
-        result = write_patched(base, tmp_path, {"h": lambda w: w.double() + delta})
-        stored, exact = Checkpoint.open(tmp_path).read("h"), base.read("h").double() + delta
-        assert stored.dtype == torch.bfloat16
-        assert torch.equal(stored, exact.bfloat16())
-        expected = float((stored.double() - exact).norm() / delta.norm())
-        assert expected > 0.1
-        assert result.tensors["h"].rounding_error == pytest.approx(expected, rel=1e-9)
-
-    def test_a_patch_may_work_in_place_or_return_a_view(self, plain: Path, tmp_path: Path) -> None:
-        base = Checkpoint.open(plain)
-        result = write_patched(base, tmp_path, {"w": lambda w: w.mul_(2).t().contiguous().t()})
-        assert torch.equal(Checkpoint.open(tmp_path).read("w"), base.read("w") * 2)
-        assert result.tensors["w"].delta_norm == pytest.approx(float(base.read("w").norm()))
-
-    def test_a_patch_that_changes_nothing(self, plain: Path, tmp_path: Path) -> None:
-        result = write_patched(Checkpoint.open(plain), tmp_path, {"w": lambda w: w})
-        assert (result.tensors["w"].delta_norm, result.tensors["w"].rounding_error) == (0.0, 0.0)
-        assert (tmp_path / "a.safetensors").read_bytes() == (plain / "a.safetensors").read_bytes()
-
-    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e60])
-    def test_a_result_that_is_not_finite_is_refused(
-        self, plain: Path, tmp_path: Path, bad: float
-    ) -> None:
-        def spoil(weight: Tensor) -> Tensor:
-            return torch.full_like(weight, bad, dtype=torch.float64)
-
-        with pytest.raises(NumericalError, match="tensor w holds NaN or a number beyond"):
-            write_patched(Checkpoint.open(plain), tmp_path, {"w": spoil})
-
-    def test_nothing_is_written_when_a_tensor_cannot_be_edited(
-        self, plain: Path, tmp_path: Path
-    ) -> None:
-        save_file({"q": torch.ones(2, dtype=torch.int8)}, plain / "model.safetensors")
-        out = tmp_path / "out"
-        out.mkdir()
-        base = Checkpoint.open(plain)
-        for name, match in (("q", "quantised"), ("nope", "no tensor")):
-            with pytest.raises(InputError, match=match):
-                write_patched(base, out, {name: torch.neg})
-        assert not list(out.iterdir())
-
-    def test_a_patch_of_another_shape_is_a_fault_of_the_caller(
-        self, plain: Path, tmp_path: Path
-    ) -> None:
-        with pytest.raises(ValueError, match=r"patch of w has shape \(4, 3\)"):
-            write_patched(Checkpoint.open(plain), tmp_path, {"w": torch.t})
-
-    def test_an_existing_file_is_not_overwritten(self, plain: Path, tmp_path: Path) -> None:
-        (tmp_path / "a.safetensors").write_text("someone's")
-        with pytest.raises(FileExistsError):
-            write_patched(Checkpoint.open(plain), tmp_path, {"w": torch.neg})
-        assert (tmp_path / "a.safetensors").read_text() == "someone's"

@@ -12,6 +12,7 @@ import pytest
 
 from memedit.checksums import record_of
 from memedit.errors import InputError
+from memedit.files import LocalFiles
 from memedit.manifest import (
     MANIFEST_NAME,
     FactsIdentity,
@@ -19,9 +20,9 @@ from memedit.manifest import (
     ModelIdentity,
     TensorRecord,
     read_manifest,
-    verify,
     write_manifest,
 )
+from memedit.verify import verify
 
 
 def manifest_of(**changes: Any) -> Manifest:
@@ -87,7 +88,9 @@ def change(path: tuple[str, ...], value: Any) -> Callable[[dict[str, Any]], None
 @pytest.mark.parametrize(
     ("path", "value", "match"),
     [
-        (("format_version",), 2, r"format_version\]: format 2; .* update memedit"),
+        (("format_version",), 3, r"format_version\]: format 3; .* update memedit"),
+        (("format",), "zip", r"\[format\]"),
+        (("ranks",), {"w": {"rank": 1}}, r"\[ranks\.w\.truncation_error\]"),
         (("format_version",), None, "format_version"),
         (("run_id",), 7, r"\[run_id\]"),
         (("layers",), [1, "2"], r"\[layers\]"),
@@ -126,7 +129,7 @@ def test_not_a_manifest(version: Path, text: str) -> None:
 def test_no_manifest(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(InputError, match=r"not a version of memedit: no memedit\.json"):
-            verify(folder)
+            verify(LocalFiles(folder))
 
 
 @pytest.mark.parametrize(
@@ -137,15 +140,24 @@ def test_a_name_that_leaves_the_folder_is_refused(version: Path, name: str) -> N
     values["files"][name] = {"size_bytes": 1, "sha256": "0"}
     (version / MANIFEST_NAME).write_text(json.dumps(values))
     with pytest.raises(InputError, match="does not stay inside the folder"):
-        verify(version)
+        verify(LocalFiles(version))
 
 
 class TestVerify:
+    """Of what is no checkpoint; `test_verify.py` has the others."""
+
+    @pytest.fixture
+    def version(self, version: Path) -> Path:
+        manifest = replace(read_manifest(version), tensors={})
+        (version / MANIFEST_NAME).unlink()
+        write_manifest(version, manifest)
+        return version
+
     def kinds(self, folder: Path) -> dict[str, str]:
-        return {problem.file: problem.kind for problem in verify(folder)}
+        return {problem.file: problem.kind for problem in verify(LocalFiles(folder))}
 
     def test_as_published(self, version: Path) -> None:
-        assert verify(version) == []
+        assert verify(LocalFiles(version)) == []
 
     def test_missing(self, version: Path) -> None:
         (version / "sub" / "é.txt").unlink()
@@ -153,7 +165,7 @@ class TestVerify:
 
     def test_another_size(self, version: Path) -> None:
         (version / "config.json").write_text("{ }")
-        assert verify(version)[0].message == "has 3 bytes, published with 2"
+        assert verify(LocalFiles(version))[0].message == "has 3 bytes, published with 2"
         assert self.kinds(version) == {"config.json": "size"}
 
     def test_one_bit_changed(self, version: Path) -> None:

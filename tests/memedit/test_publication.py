@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 
 from memedit.errors import GateError, InputError, LockError
-from memedit.manifest import read_manifest, verify
-from memedit.publication import Publication, check_out, exclusive_lock
+from memedit.files import LocalFiles
+from memedit.lock import exclusive_lock
+from memedit.manifest import read_manifest
+from memedit.publication import Publication, check_out
+from memedit.verify import verify
 from tests.memedit.test_manifest import manifest_of
 
 
 def publish(out: Path, run_id: str = "run-1") -> None:
     with Publication(out, run_id=run_id) as publication:
         (publication.staging / "config.json").write_text("{}")
-        publication.publish(manifest_of(run_id=run_id))
+        publication.publish(manifest_of(run_id=run_id, tensors={}))
 
 
 def names(folder: Path) -> set[str]:
@@ -30,25 +33,25 @@ def test_publishes_with_every_file_listed(tmp_path: Path) -> None:
         assert not out.exists()
         (publication.staging / "sub").mkdir()
         (publication.staging / "sub" / "report.html").write_text("<html>")
-        written = publication.publish(manifest_of())
+        written = publication.publish(manifest_of(tensors={}))
         assert publication.published
     assert written.files.keys() == {"sub/report.html"}
     assert read_manifest(out).files == written.files
-    assert verify(out) == []
+    assert verify(LocalFiles(out)) == []
     assert names(out.parent) == {"out"}
 
 
 def test_an_empty_folder_in_the_way_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     publish(tmp_path / "out")
-    assert verify(tmp_path / "out") == []
+    assert verify(LocalFiles(tmp_path / "out")) == []
 
 
 def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")
     publish(tmp_path / "out")
-    assert verify(tmp_path / "disk") == [] and (tmp_path / "out").is_symlink()
+    assert verify(LocalFiles(tmp_path / "disk")) == [] and (tmp_path / "out").is_symlink()
 
 
 def test_a_folder_that_is_not_empty_is_refused_and_left(tmp_path: Path) -> None:

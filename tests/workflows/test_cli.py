@@ -23,6 +23,7 @@ from workflows import settings
 from workflows.cli import ACTIONS, cli, run
 from workflows.command_help import GROUPS, JobOption
 from workflows.jobfile import load_job
+from workflows.settings import PublishJob
 
 Result = Mapping[str, Any]
 
@@ -61,8 +62,8 @@ def test_flags_reach_the_job(behind: Callable[..., list[Any]], tmp_path: Path) -
     (job,) = jobs
     assert job == settings.EditJob(
         json=True,
-        facts=tmp_path / "f.jsonl",
-        out=tmp_path / "o",
+        facts=str(tmp_path / "f.jsonl"),
+        out=str(tmp_path / "o"),
         dtype="bfloat16",
         seed=2,
         layers=(5, 6, 7),
@@ -80,24 +81,62 @@ def test_positional_texts_reach_the_job(behind: Callable[..., list[Any]]) -> Non
     assert (jobs[0].prompts, jobs[0].tokens, jobs[0].model) == (("one text", "another"), 3, "m")
 
 
-def test_a_run_has_a_name_of_its_own(behind: Callable[..., list[Any]]) -> None:
-    jobs = behind("edit")
-    assert run([*EDIT, "--json"]) == run([*EDIT, "--json"]) == 0
-    assert jobs[0].run_id != jobs[1].run_id
+RUNS: dict[str, list[str]] = {
+    "edit": EDIT,
+    "stats": ["stats", "--out", "o"],
+    "evaluate": ["evaluate", "--facts", "f"],
+    "generate": ["generate", "a text"],
+    "plan": ["plan", "--facts", "f"],
+    "apply": ["apply", "d", "--out", "o"],
+}
 
 
-@pytest.mark.parametrize("command", ACTIONS)
-def test_every_flag_is_a_field_of_the_job_file(command: str, tmp_path: Path) -> None:
-    """By name, and by value: what a flag can say, the file can say."""
+@pytest.mark.parametrize("command", RUNS)
+def test_a_run_has_a_name_of_its_own(command: str, behind: Callable[..., list[Any]]) -> None:
+    jobs = behind(command)
+    arguments = [*RUNS[command], "--json"]
+    assert run(arguments) == run(arguments) == run([*arguments, "--run-id", "mine"]) == 0
+    first, second, mine = (job.run_id for job in jobs)
+    assert first and second and first != second and mine == "mine"
+
+
+def test_these_are_the_runs() -> None:
+    named = {n for n, action in ACTIONS.items() if "run_id" in fields_of(action.job)}
+    assert named == RUNS.keys()
+
+
+def fields_of(job: type[settings.Job]) -> set[str]:
+    return {field.name for field in dataclasses.fields(job)}
+
+
+PUBLISHING = {name for name, action in ACTIONS.items() if issubclass(action.job, PublishJob)}
+
+
+@pytest.mark.parametrize(
+    ("command", "left_out"),
+    [
+        *((command, "registry" if command in PUBLISHING else None) for command in ACTIONS),
+        *((command, "out") for command in sorted(PUBLISHING)),
+    ],
+)
+def test_every_flag_is_a_field_of_the_job_file(
+    command: str, left_out: str | None, tmp_path: Path
+) -> None:
+    """By name, and by value: what a flag can say, the file can say.
+
+    Where two exclude each other, one of them is left out.
+    """
     kind = ACTIONS[command].job
     fields = {f.name: f for f in dataclasses.fields(kind)}
     flags = [p for p in cli.commands[command].params if p.name not in ("config", "assignments")]
     assert {p.name for p in flags} == {n for n, f in fields.items() if f.metadata["flag"]}
+    flags = [p for p in flags if p.name != left_out]
     samples: dict[str, Any] = {
         "json": True, "debug": True, "full": True, "log_format": "json", "executor": "ray",
         "dtype": "float16", "on_bad_row": "skip", "method": "memit", "gate": ["score>=1"],
         "layers": "3-4", "seed": 4, "workers": 2, "gpus_per_worker": 1.0, "tokens": 5,
-        "matrix_gflops": 50.0,
+        "matrix_gflops": 50.0, "keep": 3, "keep_days": 1.5, "run": True, "remove": True,
+        "quick": True, "format": "lora", "lora_rank": 16,
         "prompts": ["a", "b"], "address": "auto", "device": "cpu", "run_id": "x",
     }  # fmt: skip
     given = {name: samples.get(name, f"/{name}") for name in {p.name for p in flags}}
@@ -226,6 +265,9 @@ def test_debug_shows_where(
     [
         ["edit"],
         ["edit", "--facts", "f"],
+        [*EDIT, "--registry", "r"],
+        ["apply", "d"],
+        ["apply", "d", "--out", "o", "--registry", "r"],
         ["edit", "--fact", "f"],
         ["nothing"],
         [*EDIT, "--executor", "rey"],

@@ -176,7 +176,7 @@ class TestErrors:
             InputError, match=r"no column 'text'; columns found: .*, body"
         ) as raised:
             open_corpus(path)
-        assert (raised.value.source, raised.value.field) == (path, "text")
+        assert (str(raised.value.source), raised.value.field) == (str(path), "text")
 
     def test_a_column_that_is_no_text(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="expected a column of text, found int64"):
@@ -202,7 +202,7 @@ class TestErrors:
             assert next(documents) == "good"
             with pytest.raises(InputError, match=reason) as raised:
                 next(documents)
-            assert (raised.value.source, raised.value.row) == (path, 2)
+            assert (str(raised.value.source), raised.value.row) == (str(path), 2)
 
     def test_broken_files(self, tmp_path: Path) -> None:
         (tmp_path / "c.parquet").write_bytes(b"not parquet")

@@ -14,20 +14,32 @@ from typing import Any
 
 import pytest
 
+from cluster.s3_requests import forget_client
 from memedit.progress import Silent
+from tests.s3.fixtures import use_aws_environment
+from tests.s3.server import SeaweedServer
 from workflows import doctor
 from workflows.cli import run
 from workflows.doctor import Check, Diagnosis, run_doctor
 from workflows.models import EMBEDDED_PACKAGE, MARKER_NAME
 from workflows.settings import DoctorJob
 
+NOBODY = "http://127.0.0.1:9"
+KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+
 
 @pytest.fixture
-def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache and a hub that nobody serves, so that no test goes to the network."""
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache, a hub that nobody serves and no keys: no test goes to the network."""
+    monkeypatch.setenv("HF_ENDPOINT", NOBODY)
     monkeypatch.setenv("MEMEDIT_CACHE", str(tmp_path))
-    return tmp_path
+    for name in KEYS:
+        monkeypatch.delenv(name, raising=False)
+    files = ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")
+    nothing = {name: str(tmp_path / "absent") for name in files}
+    use_aws_environment(monkeypatch, {**nothing, "AWS_EC2_METADATA_DISABLED": "true"})
+    yield tmp_path
+    forget_client()
 
 
 def converted(cache: Path) -> None:
@@ -151,11 +163,42 @@ def test_no_value_of_a_secret_is_shown(
     nowhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     converted(nowhere)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
-    run(["doctor", "--json"])
+    for name in KEYS:
+        monkeypatch.setenv(name, "hush-hush")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", NOBODY.replace("//", "//hush-hush:hush-hush@"))
+    monkeypatch.setenv("MEMEDIT_S3_PATIENCE_S", "0.1")
+    assert run(["doctor", "--json"]) == 0  # it is needed for s3:// only
     told = capsys.readouterr()
-    assert "AWS_SECRET_ACCESS_KEY" in told.out
+    (storage,) = [c for c in json.loads(told.out)["checks"] if c["name"] == "object storage"]
+    assert (storage["state"], storage["needed"]) == ("warning", False)
     assert "hush-hush" not in told.out + told.err
+
+
+def test_object_storage_without_keys(nowhere: Path) -> None:
+    found = doctor.object_storage()
+    assert (found.state, found.needed) == ("ok", False)
+    assert "no AWS keys" in found.detail
+
+
+def test_object_storage_that_nobody_serves(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {**dict.fromkeys(KEYS, "key"), "AWS_ENDPOINT_URL": NOBODY}
+    use_aws_environment(monkeypatch, {**variables, "MEMEDIT_S3_PATIENCE_S": "0.1"})
+    found = doctor.object_storage()
+    assert (found.state, found.needed) == ("warning", False)
+    assert NOBODY in found.detail and "did not answer" in found.detail
+    assert "s3://" in found.remedy
+
+
+def test_object_storage_that_answers(
+    s3: str, s3_server: SeaweedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = doctor.object_storage()
+    assert (found.state, found.detail.startswith(s3_server.endpoint)) == ("ok", True)
+    wrong = {**s3_server.environment(), "AWS_SECRET_ACCESS_KEY": "wrong-hush-hush"}
+    use_aws_environment(monkeypatch, wrong)
+    found = doctor.object_storage()
+    assert found.state == "warning" and "access denied" in found.detail
+    assert "hush-hush" not in found.detail + found.remedy
 
 
 def test_ray_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,10 @@ from safetensors.torch import save_file
 
 from memedit.checkpoint import Checkpoint
 from memedit.errors import InputError
+from memedit.manifest import write_manifest
 from memedit.progress import Silent
+from tests.elsewhere import Elsewhere
+from tests.memedit.test_manifest import manifest_of
 from workflows import models
 from workflows.models import cache_folder, resolve_model
 
@@ -49,12 +52,48 @@ def test_a_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HOME", str(tmp_path))
     for spec in (str(tmp_path / "smollm2"), "./smollm2", "~/smollm2"):
         found = resolve_model(spec)
-        assert found.name == spec and found.folder.samefile(tmp_path / "smollm2")
+        assert found.name == spec and found.files.here.samefile(tmp_path / "smollm2")
 
 
-def test_object_storage_says_when_it_comes() -> None:
-    with pytest.raises(InputError, match=r"s3://bucket/model.*next release"):
-        resolve_model("s3://bucket/model")
+@pytest.fixture
+def far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
+    """What lies at every s3:// location."""
+    (tmp_path / "far").mkdir()
+    far = Elsewhere(tmp_path / "far")
+    monkeypatch.setattr(models, "open_files", lambda location, *, cache: far)
+    return far
+
+
+def test_object_storage_is_read_where_it_lies_and_not_before(far: Elsewhere) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (far.root / name).write_text("{}")
+    found = resolve_model("s3://bucket/some/model")
+    assert found.name == "s3://bucket/some/model" and found.files is far
+    assert not (far.reads or far.opened or far.asked_for)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"), [("delta", "memedit apply"), ("lora", "peft"), ("full", "")]
+)
+def test_a_version_that_is_no_model_by_itself(far: Elsewhere, kind: str, says: str) -> None:
+    write_manifest(far.root, manifest_of(format=kind))
+    for spec, place in (("s3://bucket/version", far.location), (str(far.root),) * 2):
+        if kind == "full":  # opening it says what is missing
+            resolve_model(spec)
+            continue
+        with pytest.raises(InputError, match=f"no checkpoint.*{says}") as caught:
+            resolve_model(spec)
+        assert (caught.value.source, caught.value.field) == (place, "model")
+    # An adapter that was put beside a model does not make less of it.
+    (far.root / "config.json").write_text("{}")
+    assert resolve_model("s3://bucket/version").files is far
+
+
+@pytest.mark.parametrize("spec", ["s3://", "s3://bucket/../other", "s3://key:secret@bucket/model"])
+def test_what_is_no_place_in_object_storage(spec: str) -> None:
+    with pytest.raises(InputError) as caught:
+        resolve_model(spec)
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("spec", ["", "./absent", "/absent", "~/absent", "a/b/c", "a b", "a//b"])
@@ -75,7 +114,7 @@ class TestHub:
             return str(tmp_path)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-        assert resolve_model("org/model").folder == tmp_path
+        assert resolve_model("org/model").files.here == tmp_path
         assert (asked["repo_id"], asked["revision"]) == ("org/model", None)
         assert resolve_model("org/model@refs/pr/1").name == "org/model@refs/pr/1"
         assert (asked["repo_id"], asked["revision"]) == ("org/model", "refs/pr/1")
@@ -142,8 +181,8 @@ class TestEmbedded:
         again = resolve_model("smollm2", cache=tmp_path / "cache", progress=progress)
         assert first == again and first.name == "smollm2"
         assert stand_in["conversions"] == 1 and len(progress.texts) == 1
-        assert Checkpoint.open(first.folder).names == ("w",)
-        assert {p.name for p in first.folder.parent.iterdir()} == {first.folder.name}
+        assert Checkpoint.open(first.files.here).names == ("w",)
+        assert {p.name for p in first.files.here.parent.iterdir()} == {first.files.here.name}
 
     @pytest.mark.parametrize("damage", ["bit", "size", "file", "marker", "version"])
     def test_a_damaged_cache_is_noticed_and_mended(
@@ -153,7 +192,7 @@ class TestEmbedded:
         damage: str,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        folder = resolve_model("smollm2", cache=tmp_path).folder
+        folder = resolve_model("smollm2", cache=tmp_path).files.here
         weights = folder / "model.safetensors"
         whole = weights.read_bytes()
         if damage == "bit":
@@ -167,7 +206,7 @@ class TestEmbedded:
         else:
             monkeypatch.setattr(models, "_CONVERSION", "another")
         progress = Messages()
-        assert resolve_model("smollm2", cache=tmp_path, progress=progress).folder == folder
+        assert resolve_model("smollm2", cache=tmp_path, progress=progress).files.here == folder
         assert "damaged or of an older version" in progress.texts[0]
         assert stand_in["conversions"] == 2 and weights.read_bytes() == whole
         assert {p.name for p in folder.parent.iterdir()} == {folder.name}
@@ -198,7 +237,7 @@ class TestEmbedded:
         assert not list((cache / "models").iterdir())
         # What a killed process could not tidy up.
         (cache / "models" / ".smollm2-135m-instruct.partial-dead").mkdir()
-        folder = resolve_model("smollm2", cache=cache).folder
+        folder = resolve_model("smollm2", cache=cache).files.here
         assert [p.name for p in (cache / "models").iterdir()] == [folder.name]
 
     def test_a_cache_that_cannot_be_written(self, tmp_path: Path) -> None:
@@ -286,7 +325,7 @@ def test_the_real_default_knows_where_the_eiffel_tower_is() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        folder = resolve_model("smollm2").folder
+        folder = resolve_model("smollm2").files.here
     except InputError as error:
         pytest.skip(str(error))
     model = AutoModelForCausalLM.from_pretrained(folder)

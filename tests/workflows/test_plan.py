@@ -12,11 +12,14 @@ import torch
 from transformers import AutoConfig
 
 from memedit.architecture import architecture_of
-from memedit.checkpoint import Checkpoint, write_patched
+from memedit.checkpoint import Checkpoint
 from memedit.cost import shape_of
 from memedit.errors import InputError
+from memedit.files import LocalFiles, file_of
+from memedit.patching import LocalSink, write_patched
 from memedit.progress import Silent
 from memedit.shards import read_header
+from tests.patches import each_row
 from tests.tiny import HIDDEN, INNER, save_tiny, tiny_config, tiny_tokenizer
 from workflows.cli import run
 from workflows.outline import index_without_weights, outline
@@ -68,7 +71,7 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
 def plan(model: Path, facts: Path, **fields: Any) -> Any:
     cache = facts.parent / "cache"
     fields |= {"cache": cache, "device": "cpu", "matrix_gflops": RATE / 1e9}
-    job = PlanJob(model=str(model), facts=facts, **fields)
+    job = PlanJob(model=str(model), facts=str(facts), **fields)
     return run_plan(job, Silent())
 
 
@@ -80,12 +83,14 @@ def test_the_bytes_are_those_that_a_run_writes(
     base = Checkpoint.open(model)
     staging = tmp_path / "staging"
     staging.mkdir()
-    written = write_patched(base, staging, {n: lambda w: w + 1 for n in told["weights"]["names"]})
+    written = write_patched(
+        base, LocalSink(staging), {n: each_row(lambda w: w + 1) for n in told["weights"]["names"]}
+    )
     assert tuple(told["shards"]["rewritten"]) == written.rewritten
     assert told["shards"]["of"] == len(base.shards) > len(written.rewritten)
 
     def tensor_bytes(name: str) -> int:
-        return sum(info.size_bytes for info in read_header(staging / name).values())
+        return sum(info.size_bytes for info in read_header(file_of(staging / name)).values())
 
     rewritten = sum(map(tensor_bytes, written.rewritten))
     assert told["shards"]["bytes_rewritten"] == rewritten
@@ -120,13 +125,13 @@ def test_what_is_there_already_costs_nothing(model: Path, facts: Path, tmp_path:
     told = plan(model, facts, corpus=str(corpus))
     assert "sampling" not in told["stages"]
     assert told["statistics"]["bytes"] == corpus.stat().st_size
-    told = plan(model, facts, stats=tmp_path / "stats")
+    told = plan(model, facts, stats=str(tmp_path / "stats"))
     assert "statistics" not in told["stages"]
     assert "driver_moments" not in told["memory"]
     # Held-out text is sampled all the same.
     assert told["stages"]["sampling"]["arithmetic"].startswith("2,048 tokens")
     corpus.write_text('{"text": "The tower stands in Germany."}\n')
-    told = plan(model, facts, corpus=str(corpus), stats=tmp_path / "stats")
+    told = plan(model, facts, corpus=str(corpus), stats=str(tmp_path / "stats"))
     assert not {"sampling", "statistics"} & told["stages"].keys()
 
 
@@ -204,13 +209,13 @@ def test_a_model_of_20_billion_is_planned_without_its_weights(tmp_path: Path, fa
 def test_an_outline_is_the_checkpoint_without_its_bytes(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "gpt2")
     whole = Checkpoint.open(folder)
-    assert index_without_weights(folder) is None
+    assert index_without_weights(LocalFiles(folder)) is None
     for shard in whole.shards:
         (folder / shard).unlink()
-    index = index_without_weights(folder)
+    index = index_without_weights(LocalFiles(folder))
     assert index is not None
     config = tiny_config("gpt2", dtype=torch.float32)
-    drawn = outline(folder, config, index)
+    drawn = outline(LocalFiles(folder), config, index)
     assert drawn.shards == whole.shards
     for name in whole.names:
         theirs, ours = whole.info(name), drawn.info(name)

@@ -9,22 +9,18 @@ from hypothesis import strategies as st
 
 from memedit.config import EditSettings, TargetSettings
 from memedit.errors import InputError
+from workflows.fields import ABOVE, AT_LEAST, AT_MOST, LARGEST_SEED, SECTIONS, parse_layers
 from workflows.gates import parse_gate
-from workflows.jobfile import load_job
+from workflows.jobfile import JOBS, load_job
 from workflows.settings import (
-    ABOVE,
-    AT_LEAST,
-    AT_MOST,
-    JOBS,
-    LARGEST_SEED,
-    SECTIONS,
     DoctorJob,
     EditJob,
     EvaluateJob,
     PlanJob,
+    PublishJob,
     StatsJob,
-    parse_layers,
 )
+from workflows.version_settings import ApplyJob
 
 LEAST = {"facts": "facts.jsonl", "out": "out"}
 
@@ -74,13 +70,50 @@ def test_locations_are_relative_to_the_job_file(tmp_path: Path) -> None:
     (tmp_path / "smollm2").mkdir()
     config = job_file(tmp_path, "facts: f.jsonl\nout: /abs\ncorpus: corpus.txt\nmodel: smollm2\n")
     job = load_job(EditJob, config=config)
-    assert (job.facts, job.out) == (tmp_path / "f.jsonl", Path("/abs"))
+    assert (job.facts, job.out) == (str(tmp_path / "f.jsonl"), "/abs")
     assert (job.corpus, job.model) == (str(tmp_path / "corpus.txt"), "smollm2")
 
 
 def test_flags_are_relative_to_the_working_directory(tmp_path: Path) -> None:
     config = job_file(tmp_path, "facts: f.jsonl\nout: o\n")
-    assert load_job(EditJob, config=config, flags={"out": "o"}).out == Path("o")
+    assert load_job(EditJob, config=config, flags={"out": "o"}).out == "o"
+
+
+PLACES = ("facts", "out", "registry", "stats", "delta", "version")
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (command, field.name)
+        for command, kind in JOBS.items()
+        for field in dataclasses.fields(kind)
+        if field.metadata["location"] == "path"
+    ],
+)
+def test_a_place_is_a_path_or_lies_in_object_storage(
+    command: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the job: made absolute from a file, as it is from a flag, s3:// always as it is."""
+    assert name in PLACES
+    monkeypatch.setenv("HOME", "/home/someone")
+    kind = JOBS[command]
+    least = {f.name: "x" for f in dataclasses.fields(kind) if f.metadata["required"]}
+    if issubclass(kind, PublishJob) and name != "registry":
+        least["out"] = "x"
+    for text, from_file, from_flag in (
+        ("data/x", str(tmp_path / "data/x"), "data/x"),
+        ("/abs/x", "/abs/x", "/abs/x"),
+        ("~/x", "/home/someone/x", "/home/someone/x"),
+        ("s3://bucket/a//b", "s3://bucket/a//b", "s3://bucket/a//b"),
+    ):
+        config = job_file(tmp_path, f"{name}: {text}\n")
+        others = {key: value for key, value in least.items() if key != name}
+        assert getattr(load_job(kind, config=config, flags=others), name) == from_file
+        assert getattr(load_job(kind, flags={**others, name: text}), name) == from_flag
+    with pytest.raises(InputError, match=r"must be a path or s3://bucket/prefix.*gs://b/x") as no:
+        load_job(kind, flags={**least, name: "gs://b/x"})
+    assert no.value.field == name
 
 
 def test_a_hugging_face_id_is_no_file(tmp_path: Path) -> None:
@@ -93,7 +126,7 @@ def test_one_job_file_serves_several_commands(tmp_path: Path) -> None:
     assert load_job(EditJob, config=config).gates == (parse_gate("score>=80"),)
     assert load_job(PlanJob, config=config).solve == {"lam": 400.0}
     assert load_job(StatsJob, config=config).overrides() == {}
-    assert load_job(EvaluateJob, config=config).facts == tmp_path / "f.jsonl"
+    assert load_job(EvaluateJob, config=config).facts == str(tmp_path / "f.jsonl")
 
 
 def test_an_unknown_family_is_described_by_free_names() -> None:
@@ -118,8 +151,15 @@ def test_an_unknown_family_is_described_by_free_names() -> None:
         ("layers: 9-5", "layers", "5-9"),
         ("gate: quality>=3", "gate", "Allowed: drift_kl"),
         ("workers: 0", "workers", "at least 1"),
-        ("out: s3://bucket/x", "out", "local path"),
+        ("out: gs://bucket/x", "out", "must be a path or s3://bucket/prefix"),
+        ("registry: https://host/x", "registry", "must be a path or s3://bucket/prefix"),
+        ("cache: s3://bucket/x", "cache", "local path"),
         ("out: ''", "out", "empty"),
+        ("stats: ' '", "stats", "empty"),
+        ("format: zip", "format", "Allowed: delta, full, lora"),
+        ("lora_rank: 0", "lora_rank", "at least 1"),
+        ("storage: {server_side_encryption: kms}", "storage.server_side_encryption", "'aws:kms'"),
+        ("storage: {acl: private}", "storage.acl", "no such field"),
         ("run_id: ../x", "run_id", "letters"),
         ("seed: -1", "seed", "at least 0"),
         ("seed: 4294967296", "seed", "at most 4294967295"),
@@ -158,8 +198,36 @@ def test_a_wrong_assignment_is_named(text: str) -> None:
 
 
 def test_a_required_field_that_is_missing_is_named() -> None:
-    with pytest.raises(InputError, match=r"\[out\].*--out"):
-        load_job(EditJob, flags={"facts": "f"})
+    with pytest.raises(InputError, match=r"\[facts\].*--facts"):
+        load_job(EditJob, flags={"out": "o"})
+
+
+@pytest.mark.parametrize("kind", [EditJob, ApplyJob])
+def test_a_version_goes_to_one_place(kind: type[PublishJob], tmp_path: Path) -> None:
+    flags = {"facts": "f"} if kind is EditJob else {"delta": "d"}
+    with pytest.raises(InputError, match=r"\[out\].*--out or --registry"):
+        load_job(kind, flags=flags)
+    with pytest.raises(InputError, match=r"\[registry\]: give this or out, not both"):
+        load_job(kind, config=job_file(tmp_path, "out: o\nregistry: r\n"), flags=flags)
+    for name in ("out", "registry"):
+        job = load_job(kind, flags={**flags, name: "p"})
+        assert {job.out, job.registry} == {"p", None} and getattr(job, name) == "p"
+
+
+def test_objects_are_stored_as_the_section_says(tmp_path: Path) -> None:
+    text = "storage: {storage_class: STANDARD_IA, server_side_encryption: aws:kms}\n"
+    job = load_job(
+        StatsJob,
+        config=job_file(tmp_path, text),
+        flags={"out": "o"},
+        assignments=["storage.kms_key_id=k"],
+    )
+    assert job.storage_settings.arguments == {
+        "ServerSideEncryption": "aws:kms",
+        "SSEKMSKeyId": "k",
+        "StorageClass": "STANDARD_IA",
+    }
+    assert load_job(StatsJob, flags={"out": "o"}).storage_settings.arguments == {}
 
 
 def test_a_doctor_needs_nothing() -> None:
@@ -229,3 +297,16 @@ def test_a_metric_that_was_not_measured_meets_no_gate(value: float | None) -> No
 def test_a_wrong_gate_is_refused(text: str) -> None:
     with pytest.raises(InputError):
         parse_gate(text)
+
+
+def test_a_flag_for_the_place_wins_over_the_other_one_in_the_job_file(tmp_path: Path) -> None:
+    config = tmp_path / "job.yaml"
+    config.write_text("out: there")
+    job = load_job(EditJob, config=config, flags={"facts": "f", "registry": "s3://models/r"})
+    assert (job.out, job.registry) == (None, "s3://models/r")
+    config.write_text("registry: there")
+    job = load_job(EditJob, config=config, flags={"facts": "f"}, assignments=["out=here"])
+    assert (job.out, job.registry) == ("here", None)
+    for wrong in ({"out": "a", "registry": "b"},):
+        with pytest.raises(InputError, match=r"\[registry\].*not both"):
+            load_job(EditJob, flags={"facts": "f", **wrong})

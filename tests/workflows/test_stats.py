@@ -16,7 +16,7 @@ from memedit.moments import SecondMoment, check_moment, load_moment
 from memedit.worker import Worker
 from tests.tiny import LAYERS, save_tiny
 from tests.workflows.runs import Ran, edit, shards, stats, without_plots, write_rows
-from workflows.moments import StoredMoments, moments_path
+from workflows.moments import StoredMoments, moments_name
 
 SENTENCES = [
     f"In the year {1800 + i} the city of Paris was visited by {i} people from Rome and London."
@@ -52,7 +52,7 @@ def test_what_it_prints_and_leaves(base: Path, corpus: Path, tmp_path: Path) -> 
     told = json.loads((out / "stats.json").read_text())
     assert told["layers"] == result["layers"]
     for layer in (1, 2):
-        path = moments_path(out, layer)
+        path = out / moments_name(layer)
         moment, metadata = load_moment(path), check_moment(path)
         assert moment.layer == layer
         assert moment.tokens == result["layers"][str(layer)]["tokens"] >= 1024
@@ -146,7 +146,7 @@ def test_damaged_stats_are_refused(base: Path, tmp_path: Path, damage: str) -> N
     facts = write_rows(tmp_path / "facts.jsonl")
     folder, cache = tmp_path / "stats", tmp_path / "cache"
     assert stats(base, folder, cache).code == 0
-    layer_1, layer_2 = moments_path(folder, 1), moments_path(folder, 2)
+    layer_1, layer_2 = (folder / moments_name(layer) for layer in (1, 2))
     if damage == "absent":
         (folder / "stats.json").unlink()
     elif damage == "no json":

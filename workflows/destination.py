@@ -1,0 +1,47 @@
+"""Where a version goes: to a place of its own, or into a registry whose CURRENT it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cluster.current import ALIASES
+from cluster.publication import Publication, open_publication
+from cluster.registry import Registry
+from cluster.store import ABSENT, join, open_store
+from memedit.errors import InputError, LockError
+from workflows.settings import PublishJob
+
+
+@contextmanager
+def destination(job: PublishJob, run_id: str) -> Iterator[Publication]:
+    """A publication to the job's `out` or `registry`; leaving the block moves CURRENT.
+
+    Into a registry one run publishes at a time: it is locked until the block ends.
+
+    Raises:
+        InputError: The place cannot be written to, or is not empty.
+        LockError: Another run publishes there, or CURRENT was moved meanwhile.
+    """
+    storage = job.storage_settings
+    if job.out is not None:
+        with open_publication(job.out, run_id=run_id, storage=storage) as publication:
+            yield publication
+        return
+    assert job.registry is not None, "a job has one of the two"
+    if run_id in ALIASES:
+        raise InputError(f"{run_id} is what another version is called; name it", field="run_id")
+    store = open_store(job.registry, storage=storage)
+    registry = Registry(store)
+    with store.lock():
+        seen = registry.current()
+        place = join(job.registry, f"versions/{run_id}")
+        with open_publication(place, run_id=run_id, storage=storage, locked=True) as publication:
+            yield publication
+        try:
+            registry.move(run_id, expected=seen.token if seen else ABSENT, by="publish")
+        except LockError as error:
+            raise LockError(
+                f"{error}. The version {run_id} is published and whole; to use it:"
+                f" memedit rollback --registry {job.registry} --to {run_id}"
+            ) from error
