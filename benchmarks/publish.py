@@ -9,9 +9,9 @@ machine, whose data are removed again:
 folder: GPT-NeoX-20B's shape (46 shards, 41 GB, holes for weights) from a folder to a folder: peak
 memory, time and what it takes of the disk.
 s3: some of its blocks, from a prefix to a prefix: the bytes of all bodies, counted at a proxy;
-then, without the proxy and in turns, the time against `aws s3 cp` of all of it down, the same patch in
-place, and `aws s3 cp` of all of it up. The embedded default model's bytes too: its edited tensors
-are smaller than the smallest part.
+then, without the proxy and in turns, the time against `aws s3 cp` of all of it down, the same patch
+in place, and `aws s3 cp` of all of it up. Also the embedded default model's bytes: its edited
+tensors are smaller than the smallest part.
 throughput: one file, up and down, against `aws s3 cp`.
 
 Predicted before the first run, for two cores that client and server share:

@@ -25,7 +25,6 @@ from memedit.errors import MemeditError
 from memedit.progress import Progress
 from workflows.models import EMBEDDED_PACKAGE, EMBEDDED_REQUIREMENT, MARKER_NAME
 from workflows.settings import DoctorJob
-from workflows.wording import without_keys
 
 State = Literal["ok", "warning", "missing", "failed"]
 
@@ -303,11 +302,10 @@ def object_storage() -> Check:
         if not has_keys():
             detail = "no AWS keys; they are needed for s3:// only"
             return Check(name=name, state="ok", detail=detail, needed=False)
-        return Check(name=name, state="ok", detail=without_keys(reach()), needed=False)
+        return Check(name=name, state="ok", detail=reach(), needed=False)
     except MemeditError as error:
-        said = without_keys(str(error))
-        remedy = f"{said}; only s3:// needs it"
-        return Check(name=name, state="warning", detail=said, remedy=remedy, needed=False)
+        remedy = f"{error}; only s3:// needs it"
+        return Check(name=name, state="warning", detail=str(error), remedy=remedy, needed=False)
 
 
 def _run(

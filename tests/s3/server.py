@@ -335,8 +335,9 @@ def _ports(first: int) -> Iterator[int]:
 
 
 def _environment_of_weed() -> dict[str, str]:
-    """No variable of AWS (weed would make an identity of them), and a small memory."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    """No variable of AWS (weed would make an identity of them) or Ray, and a small memory."""
+    foreign = ("AWS_", "RAY_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     return kept | {"GOMAXPROCS": "2", "GOMEMLIMIT": "256MiB"}
 
 
