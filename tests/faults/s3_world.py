@@ -58,17 +58,21 @@ class World:
             *(typed, typed.replace("/", ""), PASSWORD),
         }
 
-    def places(self, *runs: Ran) -> dict[str, bytes]:
-        """What runs said, what lies in the bucket and what lies here, the cache among it."""
+    def here(self, *runs: Ran) -> dict[str, bytes]:
+        """What runs said, and what lies on this machine, the cache among it."""
         said = {
             f"{name} {i}": getattr(ran, name).encode()
             for i, ran in enumerate(runs)
             for name in ("stdout", "stderr")
         }
+        return said | {f"here {n}": content for n, content in contents(self.folder).items()}
+
+    def places(self, *runs: Ran) -> dict[str, bytes]:
+        """That, and what lies in the bucket."""
         there = {f"s3 {n}": content for n, content in self.objects.below(self.place).items()}
         marks = self.objects.metadata(self.place)
         about = {f"metadata {n}": repr(marks[n]).encode() for n in marks}
-        return said | there | about | {f"here {n}": c for n, c in contents(self.folder).items()}
+        return self.here(*runs) | there | about
 
     def use(self, identity: Identity, **more: str) -> None:
         self.environment({**self.server.environment(identity=identity), **more})

@@ -194,4 +194,4 @@ def test_keys_of_a_job_file_are_not_repeated(s3_world: World, tmp_path: Path) ->
         memedit("diff", location, location),
     ]
     assert [ran.code for ran in runs] == [2] * len(runs)
-    assert search(s3_world.secrets, s3_world.places(*runs)) == ["here job.yaml"]
+    assert search(s3_world.secrets, s3_world.here(*runs)) == ["here job.yaml"]

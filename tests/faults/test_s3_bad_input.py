@@ -34,16 +34,16 @@ def test_bad_input(s3_world: World, name: str) -> None:
     # People read the same, and no traceback.
     assert error["message"].splitlines()[0] in ran.stderr
     assert case.never_says not in ran.stderr + ran.stdout and "Traceback" not in ran.stderr
+    # No secret is told, even if all is told.
+    world.more += ["--debug", "--log-format", "json"]
+    loud = world.run()
+    assert loud.code == case.code and "Traceback" in loud.stderr
+    assert search(world.secrets, world.here(ran, loud)) == []
     # Nothing was written, there or here.
     assert world.objects.all() == there and world.objects.uploads() == []
     assert outside_of_the_cache(world) == here
     assert not [n for n in contents(world.folder) if n.endswith(".partial")]
     assert not list(world.folder.parent.glob("*evil*"))
-    # No secret is told, even if all is told.
-    world.more += ["--debug", "--log-format", "json"]
-    loud = world.run()
-    assert loud.code == case.code and "Traceback" in loud.stderr
-    assert search(world.secrets, world.places(ran, loud)) == []
 
 
 def outside_of_the_cache(world: World) -> dict[str, bytes]:

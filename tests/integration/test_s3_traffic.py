@@ -32,6 +32,12 @@ from tests.workflows.runs import (
 
 pytestmark = pytest.mark.slow
 
+TEXT = ("Marie Curie was born in Warsaw. " * 400).encode()
+FEW = (
+    *("moments.tokens=2560", "moments.window=32", "contexts.kind=none", "targets.steps=3"),
+    *("solve.lam=1", "evaluation.fluency_facts=0", "evaluation.drift_prompts=0"),
+    "evaluation.heldout_tokens=0",
+)
 HEADER_BYTES = 1 << 16
 """What is read at once to see the header of a shard."""
 
@@ -70,14 +76,16 @@ def test_what_is_read_and_sent(
     objects = Objects(s3_server)
     objects.put_folder(wide.parent, f"{s3}/in")
     base = f"{s3}/in/base"
+    text = objects.put(f"{s3}/in/text.txt", TEXT)
     checkpoint = Checkpoint.open(wide)
     weights = checkpoint.size_bytes
     (edited,) = (n for n in checkpoint.names if n.endswith("layers.2.mlp.down_proj.weight"))
 
     def edit(out: str, model: str = base) -> None:
-        flags = (*quick(model, tmp_path / "cache", layers="2"), *setting("moments.tokens=2560"))
+        flags = quick(model, tmp_path / "cache", layers="2", settings=FEW)
         s3_proxy.forget()
-        ran = memedit("edit", *flags, "--facts", f"{s3}/in/facts.jsonl", "--out", out)
+        flags += ["--facts", f"{s3}/in/facts.jsonl", "--corpus", text, "--out", out]
+        ran = memedit("edit", *flags)
         assert ran.code == 0, ran.stderr
 
     # First: the weights for identity and NaN, once; for the workers, once; and one part, of which
@@ -131,8 +139,8 @@ def test_plan_and_stats_read_what_they_need(
     down = moved(s3_proxy, "GetObject", "down")
     assert 0 < down[f"base/{SINGLE_NAME}"] <= 2 * HEADER_BYTES
 
-    corpus = objects.put(f"{s3}/in/text.txt", ("Marie Curie was born in Warsaw. " * 400).encode())
-    flags += setting("moments.tokens=2560", "moments.window=32")
+    corpus = objects.put(f"{s3}/in/text.txt", TEXT)
+    flags += setting(*FEW[:2])
     found = []
     for seed in (0, 1):
         s3_proxy.forget()

@@ -146,9 +146,11 @@ def test_two_edits_and_back(world: World, s3: str, tmp_path: Path, cache: Path) 
         version = f"{registry}/{current['path']}"
         assert ran.result["out"] == version
         assert check(version).result["ok"]
-        looked = memedit("evaluate", "--model", version, "--facts", f"{version}/facts.jsonl",
-                         "--cache", cache, "--json").result  # fmt: skip
-        assert looked["metrics"]["efficacy"] == ran.result["metrics"]["after"]["efficacy"]
+    looked = memedit(
+        *("evaluate", "--model", version, "--facts", f"{version}/facts.jsonl"),
+        *("--cache", cache, "--json"),
+    ).result["metrics"]
+    assert looked["efficacy"] == results[1]["metrics"]["after"]["efficacy"]
     names = objects.names(registry)
     assert {n.split("/")[0] for n in names} == {"CURRENT", "versions"}
     assert sorted(n for n in names if MANIFEST_NAME in n) == [

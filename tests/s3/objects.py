@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tests.s3.server import SeaweedServer
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+
+T = TypeVar("T")
 
 
 class Objects:
@@ -25,8 +29,8 @@ class Objects:
 
     def put_folder(self, folder: Path, location: str) -> str:
         """Write every file below a folder; the location."""
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            self.put(f"{location}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+        paths = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+        _at_once(lambda name: self.put(f"{location}/{name}", paths[name].read_bytes()), paths)
         return location
 
     def get(self, location: str) -> bytes:
@@ -43,7 +47,7 @@ class Objects:
 
     def below(self, location: str) -> dict[str, bytes]:
         """Every object below a location, by name."""
-        return {name: self.get(f"{location}/{name}") for name in self.names(location)}
+        return _at_once(lambda name: self.get(f"{location}/{name}"), self.names(location))
 
     def fetch(self, location: str, folder: Path) -> Path:
         """Write every object below a location into a folder."""
@@ -66,7 +70,7 @@ class Objects:
 
     def metadata(self, location: str) -> dict[str, Any]:
         """What is written beside every object below a location, by name."""
-        return {name: self._head(location, name)["Metadata"] for name in self.names(location)}
+        return _at_once(lambda name: self._head(location, name)["Metadata"], self.names(location))
 
     def clear(self, location: str) -> None:
         """Remove every object below a location."""
@@ -86,3 +90,10 @@ class Objects:
         start = f"s3://{self.bucket}/"
         assert location.startswith(start), location
         return location.removeprefix(start)
+
+
+def _at_once(find: Callable[[str], T], names: Iterable[str]) -> dict[str, T]:
+    """`find` of many names, several at once."""
+    names = list(names)
+    with ThreadPoolExecutor(max_workers=8) as threads:
+        return dict(zip(names, threads.map(find, names), strict=True))
