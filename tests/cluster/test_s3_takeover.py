@@ -1,4 +1,4 @@
-"""Publications to a real S3 server whose run has died, or has stood still while another took over."""
+"""Publications to a real S3 server whose run has died, or stood still while another took over."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ TEXT = ("Marie Curie was born in Warsaw. " * 400).encode()
 FEW = (
     *("moments.tokens=2560", "moments.window=32", "contexts.kind=none", "targets.steps=3"),
     *("solve.lam=1", "evaluation.fluency_facts=0", "evaluation.drift_prompts=0"),
-    "evaluation.heldout_tokens=0",
+    *("evaluation.heldout_tokens=0", "solve.ridge=1e-6"),
 )
 HEADER_BYTES = 1 << 16
 """What is read at once to see the header of a shard."""
