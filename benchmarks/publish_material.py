@@ -1,4 +1,4 @@
-"""What publishing is measured on: checkpoints under a prefix, and which tensors are edited."""
+"""What publishing is measured on: checkpoints under a prefix, and what of them is edited.
 
 Knows where things lie on the server and which names an edit changes.
 """
