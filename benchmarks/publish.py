@@ -25,6 +25,7 @@ as this server copies no faster than it uploads. Throughput: read 1.0 of aws, up
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 import sys
 import tempfile
@@ -61,6 +62,7 @@ def main() -> None:
     result: dict[str, Any] = {"rank": args.rank}
     with tempfile.TemporaryDirectory(prefix="memedit-publish-", dir=args.data) as made:
         data = Path(made)
+        _check_room(data, args)
         if "folder" in args.only:
             result["folder"] = publish_locally(data, blocks=args.blocks, rank=args.rank)
         if "s3" in args.only:
@@ -78,6 +80,19 @@ def main() -> None:
     show(result)
     save_json("publish", result)
     append_row("publish", cells(result))
+
+
+def _check_room(data: Path, args: argparse.Namespace) -> None:
+    """Refuse now what would fill the disk: a part's data are gone before the next begins."""
+    # A base, a version, and a copy of the whole on the disk; others may write meanwhile.
+    gb = {
+        "folder": 5.0,  # the five edited shards; all else is holes or hard links
+        "s3": 3.5 * (1.3 + 0.91 * args.s3_blocks),
+        "throughput": args.file_mb / 1000 * 5,
+    }
+    needed = 1.5 * max(gb[part] for part in args.only)
+    if (free := shutil.disk_usage(data).free / 1e9) < needed:
+        sys.exit(f"{data}: {free:.0f} GB are free, {needed:.0f} are wanted; --data names a folder")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def estimate(taken: Mapping[str, Sequence[Mapping[str, Any]]], start_up_s: float
     copied_bytes = whole.size_bytes - edited_bytes
 
     def seconds(side: str, *parts: str) -> float:
-        return median(sum(each[part] for part in parts) for each in taken[side])
+        return float(median(sum(each[part] for part in parts) for each in taken[side]))
 
     one = taken["memedit"][0]
     unchanged_bytes = one["size_bytes"] - one["rewritten_bytes"]

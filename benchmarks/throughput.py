@@ -44,8 +44,10 @@ def compare_throughput(data: Path, *, size_mb: int, rounds: int) -> dict[str, An
             return job("transfer_job", variables, work=work, name=NAME, **arguments)
 
         turns: dict[str, Callable[[], dict[str, Any]]] = {
-            "aws upload": lambda: aws(str(folder / NAME), f"{root}/new/{NAME}"),
-            "memedit upload": lambda: memedit("upload", base=str(folder), out=f"{root}/new"),
+            "aws upload": lambda: aws(str(folder / NAME), f"{root}/new/aws/{NAME}"),
+            "memedit upload": lambda: memedit(
+                "upload", base=str(folder), out=f"{root}/new/memedit"
+            ),
             "aws download": lambda: aws(f"{there}/{NAME}", str(target / NAME)),
             "memedit download": lambda: memedit("download", base=there, out=str(target)),
             "memedit read": lambda: memedit("read", base=there),

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
@@ -36,7 +37,8 @@ class Lease:
     """
 
     def __init__(self, place: Place, name: str) -> None:
-        self.place, self.name = place, name
+        self.place = replace(place, storage=place.storage.of_notes)
+        self.name = name
         self.taken_over = False
         """Whether the holder before has died without letting go."""
         self._owner = secrets.token_hex(8)
@@ -133,7 +135,7 @@ class Lease:
                     self._etag = self.place.put(self.name, self._content(), etag=self._etag)
                 except NotAsExpected:
                     self._look()  # an earlier try that seemed to fail may have been granted
-            except MemeditError:
+            except Exception:
                 continue  # out of reach; whoever takes over meanwhile is seen with the next try
             if self._lost is not None:
                 return

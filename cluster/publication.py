@@ -14,11 +14,11 @@ import zlib
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from cluster.compose import MAX_COPY_BYTES, Part, plan_parts
 from cluster.lease import Lease
@@ -26,7 +26,7 @@ from cluster.s3 import Entry, Place, Upload
 from cluster.s3_files import S3Files
 from cluster.s3_requests import NotAsExpected, threads
 from cluster.storage import StorageSettings
-from cluster.store import is_remote
+from cluster.store import Guard, is_remote
 from memedit.checksums import FileRecord
 from memedit.errors import InputError, LockError, MemeditError
 from memedit.files import File, Files, LocalFiles
@@ -36,6 +36,8 @@ from memedit.publication import Publication as LocalPublication
 
 LOCK_NAME = ".memedit.publication.lock"
 """Says that a publication began here while nothing else was here; so no other lock has its name."""
+_ENDS = {MANIFEST_NAME, "stats.json"}
+"""What is written last; a place that has one of them is finished."""
 _PARTS_AT_ONCE = 8
 """Uploaded parts in memory, of all files together."""
 _memory = threading.BoundedSemaphore(_PARTS_AT_ONCE)
@@ -81,7 +83,7 @@ class Publication(Protocol):
 
 
 def open_publication(
-    out: str, *, run_id: str, storage: StorageSettings | None = None, locked: bool = False
+    out: str, *, run_id: str, storage: StorageSettings | None = None, guard: Guard | None = None
 ) -> Publication:
     """A publication to a folder or an `s3://` prefix, to be entered.
 
@@ -89,10 +91,10 @@ def open_publication(
         out: The location; absent or empty.
         run_id: Letters, digits, `_` and `-`.
         storage: How objects are stored.
-        locked: Whether the caller holds a lock that keeps all others from this place.
+        guard: A lock that the caller holds and that keeps all others from this place.
     """
     if is_remote(out):
-        return S3Publication(Place.of(out, storage), locked=locked)
+        return S3Publication(Place.of(out, storage), guard=guard)
     return LocalPublication(Path(out).expanduser(), run_id=run_id)
 
 
@@ -101,16 +103,18 @@ class S3Publication(Publication):
 
     Args:
         place: The prefix; nothing lies there, or what a dead run has left.
-        locked: See `open_publication`.
+        guard: See `open_publication`.
     """
 
-    def __init__(self, place: Place, *, locked: bool = False) -> None:
+    def __init__(self, place: Place, *, guard: Guard | None = None) -> None:
         if not place.prefix:
             raise InputError("a whole bucket; name a prefix in it", source=place, field="out")
         self.place = place
-        self._lease: Lease | None = None if locked else Lease(place, LOCK_NAME)
-        check = self._lease.check_known if self._lease else lambda: None
-        self._sink = S3Sink(place, check=check)
+        self._own: Lease | None = None
+        if guard is None:
+            guard = self._own = Lease(place, LOCK_NAME)
+        self._guard = guard
+        self._sink = S3Sink(place, check=self._guard.check_known)
         self.published = False
 
     @property
@@ -130,15 +134,15 @@ class S3Publication(Publication):
 
     def __enter__(self) -> Self:
         found = self._names()
-        if found and self._lease is not None and LOCK_NAME not in found:
+        if found and self._own is not None and LOCK_NAME not in found:
             raise self._not_empty()
         with ExitStack() as undo:
-            lease: AbstractContextManager[Any] = self._lease or nullcontext()
-            undo.enter_context(lease)
+            if self._own is not None:
+                undo.enter_context(self._own)
             # What a dead run has left may go: nobody else can be alive here.
-            dead = self._lease is None or self._lease.taken_over
+            dead = self._own is None or self._own.taken_over
             left = self._names() - {LOCK_NAME}
-            if MANIFEST_NAME in left or (left and not dead):
+            if left & _ENDS or (left and not dead):
                 raise self._not_empty()
             if dead:
                 self._clear()
@@ -182,21 +186,20 @@ class S3Publication(Publication):
         found.pop(LOCK_NAME, None)
         mine = {n: (e.size_bytes, e.etag) for n, e in self._sink.written.items()}
         if {n: (e.size_bytes, e.etag) for n, e in found.items()} != mine:
-            if self._lease is not None:
-                self._lease.check()
+            self._guard.check()
             raise MemeditError(
                 f"{self.place}: is not what this run wrote; another program writes to this place"
             )
         # Of one that was begun twice, because nobody heard the first answer.
         self._end_uploads(self._sink.begun)
-        if self._lease is not None:
-            self._lease.check()
+        self._guard.check()
         self._sink.begun.add(name)
         try:
             self.place.put(name, content, absent=True)
         except NotAsExpected as error:
             self._sink.begun.discard(name)
             raise LockError(f"{self.place.at(name)}: another run has published here") from error
+        self._guard.check()  # whoever took over meanwhile removes what it finds
         self.published = True
 
     def _upload_staging(self, paths: Sequence[Path] | None = None) -> dict[str, FileRecord]:
@@ -218,15 +221,13 @@ class S3Publication(Publication):
             if self.published:
                 return
             try:
-                if self._lease is not None:
-                    self._lease.check()  # what lies here may be another's by now
+                self._guard.check()  # what lies here may be another's by now
                 # The run that was taken for dead may have written something since.
-                took_over = self._lease is not None and self._lease.taken_over
-                self._clear(None if took_over else self._sink.begun)
+                self._clear(None if self._guard.taken_over else self._sink.begun)
             except MemeditError:
                 # Out of reach: the lock stays, so that the next run cleans up.
-                if self._lease is not None:
-                    self._lease.abandon()
+                if self._own is not None:
+                    self._own.abandon()
 
     def _clear(self, only: set[str] | None = None) -> None:
         """Remove what lies here without being a version, and uploads that did not end."""
@@ -234,7 +235,7 @@ class S3Publication(Publication):
         names = self._names() - {LOCK_NAME}
         # The manifest first, should it be there: never is there one of what is not whole.
         names = names if only is None else names & only
-        self.place.delete(sorted(names, key=lambda name: (name != MANIFEST_NAME, name)))
+        self.place.delete(sorted(names, key=lambda name: (name not in _ENDS, name)))
 
     def _end_uploads(self, only: set[str] | None) -> None:
         for name, upload_id in self.place.uploads(""):

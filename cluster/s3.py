@@ -92,7 +92,7 @@ class Place:
         if not deep:
             arguments["Delimiter"] = "/"
         while True:
-            page = ask(lambda s3: s3.list_objects_v2(**arguments), f"s3://{self.bucket}/{start}")
+            page = ask(partial(_list, arguments), f"s3://{self.bucket}/{start}")
             for found in page.get("Contents", ()):
                 if not found["Key"].endswith("/"):  # how some tools write an empty folder
                     entry = Entry(size_bytes=found["Size"], etag=_quoted(found["ETag"]))
@@ -100,7 +100,7 @@ class Place:
             folders += [
                 p["Prefix"][len(start) :].rstrip("/") for p in page.get("CommonPrefixes", ())
             ]
-            if not page.get("IsTruncated"):
+            if not page["IsTruncated"]:
                 return dict(sorted(entries.items())), sorted(folders)
             arguments["ContinuationToken"] = page["NextContinuationToken"]
 
@@ -367,6 +367,14 @@ class Upload:
             self.place.at(self.name),
             missing=None,
         )
+
+
+def _list(arguments: Any, s3: S3Client) -> Any:
+    """A page; an answer without what every page has is none."""
+    page: Any = s3.list_objects_v2(**arguments)
+    if page["IsTruncated"]:
+        page["NextContinuationToken"]
+    return page
 
 
 def _delete(arguments: Any, s3: S3Client) -> None:

@@ -208,7 +208,7 @@ class S3Store(Store):
         Raises:
             InputError: Not such a location.
         """
-        return cls(Place.of(location, storage))
+        return cls(Place.of(location, storage.of_notes if storage else None))
 
     @property
     def location(self) -> str:

@@ -21,12 +21,14 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    CredentialRetrievalError,
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
     PartialCredentialsError,
     ProfileNotFound,
     ResponseStreamingError,
+    SSOError,
     TokenRetrievalError,
 )
 from botocore.exceptions import ConnectionError as BotoConnectionError
@@ -59,6 +61,10 @@ _DENIED = {
     *("403", "AccessDenied", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch"),
     *("ExpiredToken", "InvalidToken", "AllAccessDisabled", "AccountProblem"),
 }
+_NO_KEYS = (
+    *(NoCredentialsError, PartialCredentialsError, TokenRetrievalError),
+    *(CredentialRetrievalError, SSOError),
+)
 _NETWORK_ERRORS = (
     *(BotoConnectionError, HTTPClientError, IncompleteReadError, ResponseStreamingError),
     # An answer that breaks off lacks fields, or is no XML.
@@ -189,10 +195,10 @@ def ask(
             if not again or damaged >= _MOST_DAMAGED:
                 raise _refused(code, status, error, place) from _cause(error)
             reason: Exception = error
-        except (NoCredentialsError, PartialCredentialsError, TokenRetrievalError) as error:
+        except _NO_KEYS as error:
             raise InputError(
-                "no AWS keys were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or"
-                " AWS_PROFILE",
+                "no AWS keys were found, or they could not be fetched anew; set AWS_ACCESS_KEY_ID"
+                " and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
                 source=place,
             ) from error
         except _NETWORK_ERRORS as error:
@@ -267,10 +273,13 @@ def _cause(error: Exception) -> Exception | None:
 def _without_secrets(text: str) -> str:
     """`text` without the keys that are in use, should a server or library repeat them."""
     text = _without_password(text)
-    keys = _requests(os.getpid()).session.get_credentials()
-    if keys is not None:
-        for secret in filter(None, (keys.access_key, keys.secret_key, keys.token)):
-            text = text.replace(secret, "***")
+    try:
+        keys = _requests(os.getpid()).session.get_credentials()
+        secrets = () if keys is None else (keys.access_key, keys.secret_key, keys.token)
+    except Exception:  # keys that must be fetched anew and cannot be: there are none to tell
+        secrets = ()
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***")
     return text
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 
@@ -13,6 +13,11 @@ class StorageSettings:
     server_side_encryption: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None = None
     kms_key_id: str | None = None
     storage_class: str | None = None
+
+    @property
+    def of_notes(self) -> StorageSettings:
+        """The same for small objects that are read and written again and again."""
+        return replace(self, storage_class=None)
 
     @property
     def arguments(self) -> dict[str, Any]:

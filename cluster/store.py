@@ -10,7 +10,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +23,27 @@ from memedit.lock import exclusive_lock
 ABSENT = ""
 """The version of an object that is not there."""
 LOCK_NAME = ".memedit.lock"
+
+
+class Guard(Protocol):
+    """A lock that is held, unless it was taken over."""
+
+    @property
+    def taken_over(self) -> bool:
+        """Whether the holder before has died without letting go."""
+
+    def check(self) -> None:
+        """Ask whether the lock is still held.
+
+        Raises:
+            LockError: It is not.
+        """
+
+    def check_known(self) -> None:
+        """As `check`, but by what is known already; no request is made."""
+
+    def abandon(self) -> None:
+        """Leave the lock behind, for the next run to find."""
 
 
 class Store(Protocol):
@@ -58,10 +79,11 @@ class Store(Protocol):
     def files(self, folder: str = "") -> Files:
         """The files in a folder of this place."""
 
-    def lock(self) -> AbstractContextManager[None]:
+    def lock(self) -> AbstractContextManager[Guard | None]:
         """Keep every other run that asks for it out of this place, until the block ends.
 
-        Whoever dies with it, however, does not keep it.
+        Whoever dies with it, however, does not keep it. What it gives tells whether it is still
+        held; None where nothing but death can take it away.
 
         Raises:
             LockError: Another run holds it.
@@ -198,12 +220,14 @@ class LocalStore(Store):
     @contextmanager
     def lock(self) -> Iterator[None]:
         """See `Store`; by the kernel."""
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            lock = exclusive_lock(self.root / LOCK_NAME)
-        except OSError as error:
-            raise InputError(f"cannot be written to: {error.strerror}", source=self.root) from error
-        with lock:
+        with ExitStack() as held:
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+                held.enter_context(exclusive_lock(self.root / LOCK_NAME))
+            except OSError as error:
+                raise InputError(
+                    f"cannot be written to: {error.strerror}", source=self.root
+                ) from error
             yield
 
     def uploads(self, folder: str = "") -> list[str]:

@@ -209,6 +209,9 @@ def _loaded(spec: ModelSpec, config: PretrainedConfig) -> tuple[Any, dict[str, A
         loaded = AutoModelForCausalLM.from_pretrained(spec.files.here, **options)
     else:  # without a path, only the class of the model itself takes tensors
         kind: Any = type(skeleton(config))
+        if spec.device != "cpu":
+            # Each tensor goes there at once, and its page-locked memory is used again.
+            options["device_map"] = {"": spec.device}
         loaded = kind.from_pretrained(None, state_dict=_lazy_tensors(spec), **options)
         # A path would have brought it; chat models have more tokens that end a text there.
         if spec.files.size("generation_config.json") is not None:

@@ -227,7 +227,12 @@ class LocalSink(Sink):
                 _link(here / source.name, target)
             else:
                 _copy(here / source.name, target)
-        return known if known and here is not None else record_of(target)
+        if known is not None and here is not None:
+            return known
+        found = record_of(target)
+        if known is not None and known.sha256 not in (None, found.sha256):
+            raise InputError("arrived damaged, or has changed meanwhile", source=source)
+        return found
 
     def patch(
         self,

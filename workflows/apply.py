@@ -73,6 +73,9 @@ def run_apply(job: ApplyJob, progress: Progress) -> Mapping[str, Any]:
         _check_fit(base, arch, updates, job.delta)
         patched = write_patched(base, publication.sink, patches, progress=timed)
         _check_tensors(manifest, patched, job.delta, timed)
+        # Read back, so that what appears is what was meant.
+        sha256 = {name: record.sha256 for name, record in patched.tensors.items()}
+        replace(Checkpoint.open(publication.files), published=sha256).check_published()
         for file in manifest.files:
             if file != DELTA_NAME:
                 (publication.staging / file).write_bytes(source.read(file))

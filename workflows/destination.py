@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cluster import removal
 from cluster.current import ALIASES
 from cluster.publication import Publication, open_publication
 from cluster.registry import Registry
 from cluster.store import ABSENT, join, open_store
-from memedit.errors import InputError, LockError
+from memedit.errors import InputError, LockError, MemeditError
 from workflows.settings import PublishJob
 
 
@@ -33,15 +34,18 @@ def destination(job: PublishJob, run_id: str) -> Iterator[Publication]:
         raise InputError(f"{run_id} is what another version is called; name it", field="run_id")
     store = open_store(job.registry, storage=storage)
     registry = Registry(store)
-    with store.lock():
+    with store.lock() as guard:
+        if removal.is_decided(store, run_id):  # and has not ended: somebody was killed
+            removal.erase(store, run_id)
         seen = registry.current()
         place = join(job.registry, f"versions/{run_id}")
-        with open_publication(place, run_id=run_id, storage=storage, locked=True) as publication:
+        with open_publication(place, run_id=run_id, storage=storage, guard=guard) as publication:
             yield publication
         try:
             registry.move(run_id, expected=seen.token if seen else ABSENT, by="publish")
-        except LockError as error:
-            raise LockError(
+        except MemeditError as error:
+            kind = LockError if isinstance(error, LockError) else MemeditError
+            raise kind(
                 f"{error}. The version {run_id} is published and whole; to use it:"
                 f" memedit rollback --registry {job.registry} --to {run_id}"
             ) from error

@@ -52,8 +52,8 @@ def remote(base: Checkpoint, s3: str, bucket: Bucket) -> Checkpoint:
 def stopped(out: str) -> S3Publication:
     """A publication that has begun and then renews its lock no longer."""
     made: Any = open_publication(out, run_id="stopped").__enter__()
-    assert isinstance(made, S3Publication) and made._lease is not None
-    die(made._lease)
+    assert isinstance(made, S3Publication) and made._own is not None
+    die(made._own)
     return made
 
 
@@ -96,9 +96,9 @@ def test_who_was_stopped_and_knows_it_writes_nothing(
     out = f"{s3}/out"
     first = stopped(out)
     with open_publication(out, run_id="second"):
-        assert first._lease is not None
+        assert first._own is not None
         with pytest.raises(LockError):
-            first._lease.check()
+            first._own.check()
         for source in (base, remote):
             with pytest.raises(LockError, match="another run has taken over"):
                 write(source, first, EDITED)
@@ -118,7 +118,7 @@ def test_who_comes_to_know_it_stops_in_the_middle_of_a_file(
     ):
 
         def lose(rows: Tensor, start: int) -> Tensor:
-            publication._lease._lost = LockError("taken")  # type: ignore[attr-defined]
+            publication._own._lost = LockError("taken")  # type: ignore[attr-defined]
             return rows
 
         write_patched(base, publication.sink, {EDITED[0]: lose})

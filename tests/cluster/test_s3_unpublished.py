@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from torch import Tensor
 from cluster import publication
 from cluster.publication import open_publication
 from cluster.s3 import Entry, Place
-from cluster.store import LOCK_NAME, open_files, open_store
+from cluster.store import LOCK_NAME, Guard, open_files, open_store
 from memedit.checkpoint import Checkpoint
 from memedit.checksums import FileRecord
 from memedit.errors import GateError, InputError, LockError, MemeditError
+from memedit.files import file_of
 from memedit.manifest import MANIFEST_NAME
 from memedit.patching import write_patched
 from tests.cluster.s3_places import MIB, Bucket, publish, saved_model, write
@@ -25,6 +27,24 @@ from tests.s3.proxy import DisturbingProxy, Kind
 from tests.s3.server import SeaweedServer
 
 EDITED = ("model.layers.1.self_attn.o_proj.weight",)
+
+
+@dataclass
+class Held(Guard):
+    """The lock of a registry, held by the caller until it is lost."""
+
+    taken_over: bool = False
+    lost: bool = False
+
+    def check(self) -> None:
+        self.check_known()
+
+    def check_known(self) -> None:
+        if self.lost:
+            raise LockError("taken over")
+
+    def abandon(self) -> None:
+        pass
 
 
 @pytest.fixture
@@ -94,22 +114,41 @@ def test_what_is_not_empty_is_refused_and_left(s3: str, bucket: Bucket) -> None:
         open_publication(f"s3://{bucket.bucket}", run_id="r")
 
 
+@pytest.mark.parametrize("end", [MANIFEST_NAME, "stats.json"])
 def test_a_version_is_refused_and_left(
-    s3: str, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+    s3: str, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     monkeypatch.setenv("MEMEDIT_LEASE_S", "0.3")
-    for name in (MANIFEST_NAME, "config.json"):
+    for name in (end, "config.json"):
         bucket.put(f"{s3}/{name}", b"{}")
     # Even where its publisher died before it let go of the lock.
     bucket.put(f"{s3}/{publication.LOCK_NAME}", b"dead")
-    for locked in (False, True):
+    for guard in (None, Held()):
         with (
             pytest.raises(InputError, match="is not empty"),
-            open_publication(s3, run_id="r", locked=locked),
+            open_publication(s3, run_id="r", guard=guard),
         ):
             pass
-        assert bucket.named(s3) >= {MANIFEST_NAME, "config.json"}
-    assert bucket.named(s3) == {MANIFEST_NAME, "config.json"}
+        assert bucket.named(s3) >= {end, "config.json"}
+    assert bucket.named(s3) == {end, "config.json"}
+
+
+def test_who_has_lost_the_lock_of_a_registry_removes_nothing(
+    s3: str, bucket: Bucket, tmp_path: Path
+) -> None:
+    """The version may be that of another run by now, under the same name."""
+    guard = Held()
+    (tmp_path / "a.txt").write_text("a")
+    with (
+        pytest.raises(LockError, match="taken over"),
+        open_publication(s3, run_id="r", guard=guard) as ours,
+    ):
+        ours.sink.copy(file_of(tmp_path / "a.txt"), None)
+        guard.lost = True
+        ours.publish(manifest_of(files={}, tensors={}))
+    assert bucket.below(s3) == {"a.txt": b"a"}
+    with open_publication(s3, run_id="r", guard=Held()):
+        assert bucket.below(s3) == {}  # left by a dead run, for who holds the lock
 
 
 def test_the_lock_of_a_registry_is_no_licence_to_clear_it(

@@ -47,9 +47,7 @@ WHO = {
         says="access denied (",
         source="/out/",
     ),
-    "no keys": Case(
-        change=_without_keys, says="no AWS keys were found; set AWS_ACCESS_KEY_ID", source="/out/"
-    ),
+    "no keys": Case(change=_without_keys, says="no AWS keys were found", source="/out/"),
     "keys that may only read": Case(
         change=lambda w: w.use(w.server.reader),
         says="access denied (AccessDenied)",
