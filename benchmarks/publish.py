@@ -1,6 +1,6 @@
 """What publishing moves, holds and takes: bytes, memory, time, throughput.
 
-    python -m benchmarks.publish                            # everything: about … minutes
+    python -m benchmarks.publish                            # everything: about 8 minutes
     python -m benchmarks.publish --only throughput --file-mb 256 --rounds 3
 
 Three parts, each with processes of their own and, for S3, a SeaweedFS server of its own on this
@@ -54,7 +54,7 @@ def main() -> None:
         "--no-model", action="store_true", help="leave out the default model's bytes"
     )
     parser.add_argument("--file-mb", type=int, default=512, help="of the file for throughput")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side, for throughput")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of each side, for throughput")
     args = parser.parse_args()
     # As Ctrl+C: what was made is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -60,8 +60,9 @@ def code_version() -> str:
         )
         return done.stdout.strip()
 
+    paths = ("../memedit", "../cluster", "../workflows")
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "../memedit")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *paths)
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
