@@ -60,6 +60,7 @@ def test_taken_renewed_and_released(s3: str, bucket: Bucket) -> None:
         assert not again.taken_over
 
 
+@pytest.mark.slow
 def test_it_is_held_as_long_as_it_is_renewed(s3: str, bucket: Bucket) -> None:
     with lease(s3) as held:
         began = time.monotonic()
@@ -81,6 +82,7 @@ def test_who_waits_gets_it_when_it_is_released(s3: str) -> None:
             next_one.check()
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_dead_run_is_taken_over(s3: str, bucket: Bucket) -> None:
     # Whatever it holds, should it be of another version of memedit.
     for content in (b"", b"\xff", b"[]", b'{"process": 1}'):
@@ -194,6 +196,7 @@ def test_a_renewal_whose_answer_is_lost(
     assert bucket.is_clean(s3)
 
 
+@pytest.mark.slow
 def test_a_storage_that_is_away(
     s3_proxy: DisturbingProxy, s3: str, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,7 @@ def fail_at_row(last: int) -> Any:
     return patch
 
 
+@pytest.mark.slow
 def test_nothing_is_left_without_publish(
     s3: str, bucket: Bucket, base: Checkpoint, base_location: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,7 +92,7 @@ def test_killed_at_each_change(
     base = Checkpoint.open(open_files(base_location))
     seen: list[bool] = []
     for number in range(1, 100):
-        if when == "before" and 6 < number < 11:
+        if when == "before" and 5 < number < 12:
             continue  # one copy is like the other
         out = f"{s3}/{number}"
         publishers: list[Publisher] = []
@@ -114,7 +114,7 @@ def test_killed_at_each_change(
     check_whole(bucket, out, expected)
     assert verify(open_files(out), base=base) == []
     # Kills both before and after the version appeared, or the test has not tested.
-    assert len(seen) >= 10 and seen.count(True) == (1 if when == "before" else 2)
+    assert len(seen) >= 8 and seen.count(True) == (1 if when == "before" else 2)
     assert seen == sorted(seen)
 
 
@@ -134,7 +134,7 @@ def test_stopped_for_longer_than_the_lease(
     use_aws_environment(monkeypatch, s3_server.environment())
     monkeypatch.setenv("MEMEDIT_LEASE_S", "0.3")
     base = Checkpoint.open(open_files(base_location))
-    for number in (2, 6, 11):
+    for number in (2, 8):
         out = f"{s3}/{number}"
         publishers: list[Publisher] = []
         stopped = threading.Event()
