@@ -12,7 +12,8 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ the rows that take their place."""
 BLOCK_ELEMENTS = 1 << 22
 """Elements that are upcast to float64 at once. Part of what an edit is: the same blocks give the
 same bytes, whoever makes them."""
-_READ_BYTES = 1 << 26
+_READ_BYTES = 1 << 25
 
 
 class Sink(Protocol):
@@ -221,15 +222,13 @@ class LocalSink(Sink):
         here = source.files.here
         with _writing(target):
             if here is None:
-                with source.open() as reader, target.open("xb") as writer:
-                    shutil.copyfileobj(reader, writer, _READ_BYTES)
+                found = _write_hashed(pieces(source), target)
             elif source.suffix == ".safetensors":
                 _link(here / source.name, target)
             else:
                 _copy(here / source.name, target)
-        if known is not None and here is not None:
-            return known
-        found = record_of(target)
+        if here is not None:
+            return known or record_of(target)
         if known is not None and known.sha256 not in (None, found.sha256):
             raise InputError("arrived damaged, or has changed meanwhile", source=source)
         return found
@@ -245,13 +244,8 @@ class LocalSink(Sink):
         here = source.files.here
         with _writing(target):
             if here is None:
-                target.touch(exist_ok=False)
-                with target.open("r+b") as file:
-                    for start, end in unchanged_ranges(source, ranges):
-                        file.seek(start)
-                        file.write(source.files.read(source.name, start, end - start))
-            else:
-                _copy(here / source.name, target)
+                return _write_hashed(pieces(source, ranges, edits), target)
+            _copy(here / source.name, target)
             with target.open("r+b") as file:
                 for offset, raw in edits:
                     file.seek(offset)
@@ -275,17 +269,43 @@ def _writing(target: Path) -> Iterator[None]:
         raise InputError(f"cannot be written or read: {error.strerror}", source=where) from error
 
 
-def unchanged_ranges(
-    source: File, ranges: Sequence[tuple[int, int]], *, at_most: int = _READ_BYTES
-) -> Iterator[tuple[int, int]]:
-    """What lies between ranges (offset, size) of a file, as (start, end) of `at_most` bytes."""
+def pieces(
+    source: File,
+    ranges: Sequence[tuple[int, int]] = (),
+    edits: Iterable[tuple[int, memoryview]] = (),
+    *,
+    at_most: int = _READ_BYTES,
+) -> Iterator[bytearray | memoryview]:
+    """The bytes of a file in their order, with `edits` where `ranges` (offset, size) were.
+
+    What is replaced is not read; what is read comes in pieces of `at_most` bytes.
+    """
     size = source.files.size(source.name)
     assert size is not None, "an open checkpoint's file has a size"
-    position = 0
+    position, new = 0, iter(edits)
     for offset, length in (*ranges, (size, 0)):
-        for start in range(position, offset, at_most):
-            yield start, min(offset, start + at_most)
-        position = offset + length
+        while position < offset:
+            yield source.files.read(source.name, position, min(at_most, offset - position))
+            position = min(offset, position + at_most)
+        while position < offset + length:
+            start, raw = next(new)
+            assert start == position, "edits fill their ranges in order"
+            yield raw
+            position += len(raw)
+
+
+def _write_hashed(content: Iterator[bytearray | memoryview], target: Path) -> FileRecord:
+    """Write a new file and hash it on the way, while the next piece is on its way."""
+    sha256 = hashlib.sha256()
+    with target.open("xb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as ahead:
+        coming = ahead.submit(next, content, None)
+        while (piece := coming.result()) is not None:
+            coming = ahead.submit(next, content, None)
+            sha256.update(piece)
+            left = memoryview(piece)
+            while left:
+                left = left[file.write(left) :]
+        return FileRecord(size_bytes=file.tell(), sha256=sha256.hexdigest())
 
 
 def _link(source: Path, target: Path) -> None:

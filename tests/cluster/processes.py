@@ -8,14 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def processes_with(text: str) -> list[int]:
-    """Ids of other processes whose environment holds `text`; those that have ended do not count."""
-    found = []
+def processes_with(text: str) -> dict[int, str]:
+    """Ids and command lines of other processes whose environment holds `text`.
+
+    Those that have ended do not count.
+    """
+    found = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal() and int(folder.name) != os.getpid():
             try:
                 if text.encode() in (folder / "environ").read_bytes():
-                    found.append(int(folder.name))
+                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
+                    found[int(folder.name)] = command.decode(errors="replace").strip()
             except OSError:  # it ended meanwhile, or is another user's
                 continue
     return found

@@ -19,13 +19,13 @@ from memedit import patching
 from memedit.checkpoint import INDEX_NAME, Checkpoint
 from memedit.checksums import FileRecord, record_of
 from memedit.errors import InputError, NumericalError
-from memedit.files import File, file_of
+from memedit.files import File
 from memedit.manifest import write_manifest
 from memedit.patching import (
     LocalSink,
+    pieces,
     records_of_patches,
     row_blocks,
-    unchanged_ranges,
     write_patched,
 )
 from tests.elsewhere import Elsewhere
@@ -337,8 +337,7 @@ def test_from_afar_the_copy_is_the_same(
     here = write_patched(Checkpoint.open(tiny_base), LocalSink(new(tmp_path / "a")), patches)
     far = Elsewhere(tiny_base)
     base = Checkpoint.open(far)
-    ranges = partial(unchanged_ranges, at_most=at_most)
-    monkeypatch.setattr(patching, "unchanged_ranges", ranges)
+    monkeypatch.setattr(patching, "pieces", partial(pieces, at_most=at_most))
     far.reads.clear()
     there = write_patched(base, LocalSink(new(tmp_path / "b")), patches)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
@@ -352,15 +351,21 @@ def test_from_afar_the_copy_is_the_same(
 
 
 @pytest.mark.parametrize("at_most", [1, 3, 100])
-def test_what_lies_between_the_edits(at_most: int, tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(bytes(20))
+def test_pieces_are_the_file_with_the_edits_in_it(at_most: int, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(20)))
     for ranges in ([], [(0, 20)], [(0, 5), (5, 5), (12, 1)], [(3, 4), (19, 1)], [(7, 0)]):
-        found = list(unchanged_ranges(file_of(path), ranges, at_most=at_most))
-        assert all(0 < end - start <= at_most for start, end in found)
-        covered = [n for start, end in found for n in range(start, end)]
-        edited = [n for start, size in ranges for n in range(start, start + size)]
-        assert sorted(covered + edited) == list(range(20)) and covered == sorted(covered)
+        expected = bytearray(range(20))
+        edits = []
+        for offset, size in ranges:
+            for start in range(offset, offset + size, 2):
+                raw = bytes(min(2, offset + size - start))
+                expected[start : start + len(raw)] = raw
+                edits.append((start, memoryview(raw)))
+        far = Elsewhere(tmp_path)
+        found = list(pieces(File(far, "file"), ranges, iter(edits), at_most=at_most))
+        assert b"".join(found) == expected
+        assert all(0 < size <= at_most for _, _, size in far.reads)
+        assert sum(size for _, _, size in far.reads) == 20 - sum(size for _, size in ranges)
 
 
 def test_a_file_that_changes_meanwhile_stops_the_copy(tiny_base: Path, tmp_path: Path) -> None:
