@@ -23,7 +23,7 @@ from benchmarks.shapes import neox_20b, upload, write_sparse
 from tests.s3.proxy import DisturbingProxy
 from tests.s3.server import SeaweedServer
 
-PART_SLACK_BYTES = 10 << 20
+PART_SLACK_BYTES = 5 << 20
 """What an edited tensor may take along, by the rules for parts (docs/publishing.md)."""
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from cluster.publication import S3Sink
 from cluster.s3 import Place
+from cluster.s3_sink import S3Sink
 from cluster.store import open_files
 from memedit.files import File, LocalFiles
 from memedit.patching import LocalSink

@@ -8,12 +8,10 @@ local folder; does not know how its content is made.
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from memedit.files import File
 from memedit.moments import SecondMoment, check_moment, load_moment, save_moment
 from memedit.requests import EditRequest
 from memedit.targets import Target
+from memedit.writing import whole_file, writing
 
 # Rises when the same inputs begin to give other numbers.
 _MOMENTS_VERSION = 2
@@ -107,10 +106,8 @@ class Artifacts:
 
     def keep_moment(self, digest: str, moment: SecondMoment) -> None:
         """Keep a second moment under its digest."""
-        _write(
-            self._path("moments", digest),
-            lambda path: save_moment(path, moment, metadata={"digest": digest}),
-        )
+        with _kept(self._path("moments", digest)) as path:
+            save_moment(path, moment, metadata={"digest": digest})
 
     def fetched_moment(self, digest: str, file: File) -> Path:
         """The path of a file that `save_moment` wrote; from another place it is fetched once.
@@ -121,7 +118,9 @@ class Artifacts:
         if file.files.here is not None:
             return file.files.here / file.name
         if not self.has_moment(digest):
-            _write(self._path("moments", digest), lambda path: _fetch(file, path))
+            with _kept(self._path("moments", digest)) as path:
+                _fetch(file, path)
+                check_moment(path)
         return self._path("moments", digest)
 
     def target(self, digest: str, case_id: str) -> Target | None:
@@ -147,10 +146,8 @@ class Artifacts:
             "converged": target.converged,
         }
         metadata = {"target": json.dumps(facts)}
-        _write(
-            self._path("targets", digest),
-            lambda path: save_file({"z_O": target.z_O.contiguous()}, path, metadata=metadata),
-        )
+        with _kept(self._path("targets", digest)) as path:
+            save_file({"z_O": target.z_O.contiguous()}, path, metadata=metadata)
 
     def windows(self, digest: str) -> list[list[int]] | None:
         """Windows of token ids, if they were kept."""
@@ -167,24 +164,21 @@ class Artifacts:
     def keep_windows(self, digest: str, windows: Sequence[Sequence[int]]) -> None:
         """Keep windows of one length under their digest."""
         ids_BT = torch.tensor(windows)
-        _write(self._path("windows", digest), lambda path: save_file({"ids_BT": ids_BT}, path))
+        with _kept(self._path("windows", digest)) as path:
+            save_file({"ids_BT": ids_BT}, path)
 
     def _path(self, kind: str, digest: str) -> Path:
         return self.folder / kind / digest[:2] / f"{digest}.safetensors"
 
 
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    """Let a file appear at once, whatever happens while it is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not a temporary file of `tempfile`, which nobody else may read.
-    partial = path.with_name(f"{path.stem}.{secrets.token_hex(8)}.partial")
+@contextmanager
+def _kept(path: Path) -> Iterator[Path]:
+    """A file to write that appears under its digest when the block ends."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(path.parent)
-    try:
-        write(partial)
-        partial.chmod(0o644)  # the library makes files that nobody else can read
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial:
+        yield partial
 
 
 def _fetch(file: File, path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from cluster.storage import StorageSettings
 from memedit.errors import InputError, LockError
 from memedit.files import File, Files, LocalFiles, file_of
 from memedit.lock import exclusive_lock
+from memedit.writing import whole_file
 
 ABSENT = ""
 """The version of an object that is not there."""
@@ -180,15 +180,8 @@ class LocalStore(Store):
                 found = self.get(name)
                 if (found[1] if found else ABSENT) != expected:
                     raise LockError(f"{path}: was changed by another run meanwhile")
-                partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-                try:
-                    with partial.open("xb") as file:
-                        file.write(content)
-                        file.flush()
-                        os.fsync(file.fileno())
-                    partial.replace(path)
-                finally:
-                    partial.unlink(missing_ok=True)
+                with whole_file(path) as partial:
+                    partial.write_bytes(content)
         except OSError as error:
             raise InputError(f"cannot be written to: {error.strerror}", source=path) from error
         return hashlib.sha256(content).hexdigest()

@@ -11,13 +11,10 @@ added to a weight.
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +22,7 @@ from torch import Tensor
 
 from memedit.errors import InputError, NumericalError
 from memedit.solve import Update
+from memedit.writing import whole_file
 
 DELTA_NAME = "delta.safetensors"
 FORMAT_VERSION = 1
@@ -138,32 +136,13 @@ def write_safetensors(
         }
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
-    with whole_file(path) as file:
+    with whole_file(path) as partial, partial.open("xb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         for tensor in tensors.values():
             for start, stop in _row_chunks(tensor):
                 rows = tensor[start:stop].detach().cpu().contiguous()
                 raw_rows = rows.reshape(-1).view(torch.uint8).numpy()
                 file.write(memoryview(raw_rows))  # type: ignore[arg-type]
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears at `path`, in place of what was there, when the block ends.
-
-    Whoever may enter its folder may read it (mode 0644). After an error nothing has changed.
-    """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    try:
-        with partial.open("xb") as file:
-            yield file
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _parts(update: Update) -> dict[str, Tensor]:

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from memedit.delta import is_finite, whole_file, write_safetensors
+from memedit.delta import is_finite, write_safetensors
 from memedit.errors import InputError, NumericalError
 from memedit.solve import Update
+from memedit.writing import whole_file
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -164,8 +165,8 @@ def save_lora(
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / ADAPTER_WEIGHTS_NAME, tensors, {"format": "pt"})
-    with whole_file(folder / ADAPTER_CONFIG_NAME) as file:
-        file.write(json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
+    with whole_file(folder / ADAPTER_CONFIG_NAME) as partial:
+        partial.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _from_factors(left_NO: Tensor, right_NI: Tensor, limit: int) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ import memedit
 from memedit.checksums import FileRecord
 from memedit.errors import InputError
 from memedit.files import File, Files, files_of, read_object
+from memedit.writing import writing
 
 MANIFEST_NAME = "memedit.json"
 FORMATS = ("full", "delta", "lora")
@@ -119,7 +120,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 def write_manifest(folder: Path, manifest: Manifest) -> Path:
     """Write `memedit.json` into `folder` and wait until it is on the disk."""
     path = folder / MANIFEST_NAME
-    with path.open("xb") as file:
+    with writing(path), path.open("xb") as file:
         file.write(manifest_bytes(manifest))
         file.flush()
         os.fsync(file.fileno())

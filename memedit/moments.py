@@ -22,6 +22,7 @@ from memedit.architecture import Architecture
 from memedit.errors import InputError, NumericalError
 from memedit.outcome import MomentSummary
 from memedit.segments import Rows, device_of, run_to_rewrite
+from memedit.writing import whole_file
 
 _PROBES = 32
 _ROW_BLOCKS = 4
@@ -234,7 +235,7 @@ def _probes(width: int, device: torch.device) -> Tensor:
 
 
 def save_moment(path: Path, moment: SecondMoment, *, metadata: dict[str, str]) -> None:
-    """Write a moment to a safetensors file. The caller makes it appear at once (rename)."""
+    """Write a moment to a safetensors file, whole or not at all."""
     counts = [moment.layer, moment.tokens, moment.trace_0, moment.spread.batches]
     tensors = {
         "sum_II": moment.sum_II.cpu(),
@@ -242,8 +243,8 @@ def save_moment(path: Path, moment: SecondMoment, *, metadata: dict[str, str]) -
         "squares_SS": moment.spread.squares_SS,
         "counts": torch.tensor(counts, dtype=torch.float64),
     }
-    save_file(tensors, path, metadata=metadata)
-    path.chmod(0o644)  # the library makes files that nobody else can read
+    with whole_file(path) as partial:
+        save_file(tensors, partial, metadata=metadata)
 
 
 def check_moment(path: Path) -> dict[str, str]:

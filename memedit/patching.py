@@ -12,9 +12,9 @@ import hashlib
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from memedit.errors import InputError, NumericalError
 from memedit.files import File
 from memedit.manifest import TensorRecord
 from memedit.progress import Progress, Silent
+from memedit.writing import writing
 
 Patch = Callable[[Tensor, int], Tensor]
 """Some rows of the stored tensor (its own dtype, on the CPU) and the number of the first of them ->
@@ -36,7 +37,8 @@ the rows that take their place."""
 BLOCK_ELEMENTS = 1 << 22
 """Elements that are upcast to float64 at once. Part of what an edit is: the same blocks give the
 same bytes, whoever makes them."""
-_READ_BYTES = 1 << 25
+_READ_BYTES = 1 << 23
+_READS_AHEAD = 4
 
 
 class Sink(Protocol):
@@ -220,7 +222,7 @@ class LocalSink(Sink):
         """See `Sink`."""
         target = self._target(source.name)
         here = source.files.here
-        with _writing(target):
+        with writing(target):
             if here is None:
                 found = _write_hashed(pieces(source), target)
             elif source.suffix == ".safetensors":
@@ -242,7 +244,7 @@ class LocalSink(Sink):
         """See `Sink`."""
         target = self._target(source.name)
         here = source.files.here
-        with _writing(target):
+        with writing(target):
             if here is None:
                 return _write_hashed(pieces(source, ranges, edits), target)
             _copy(here / source.name, target)
@@ -254,19 +256,9 @@ class LocalSink(Sink):
 
     def _target(self, name: str) -> Path:
         target = self.root / name
-        with _writing(target):
+        with writing(target):
             target.parent.mkdir(exist_ok=True)
         return target
-
-
-@contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    """Name the file that a disk has no room for."""
-    try:
-        yield
-    except OSError as error:
-        where = target if error.filename is None else error.filename
-        raise InputError(f"cannot be written or read: {error.strerror}", source=where) from error
 
 
 def pieces(
@@ -278,29 +270,52 @@ def pieces(
 ) -> Iterator[bytearray | memoryview]:
     """The bytes of a file in their order, with `edits` where `ranges` (offset, size) were.
 
-    What is replaced is not read; what is read comes in pieces of `at_most` bytes.
+    What is replaced is not read; what is read comes in pieces of `at_most` bytes, the next
+    `_READS_AHEAD` of them on their way while one is used.
     """
     size = source.files.size(source.name)
     assert size is not None, "an open checkpoint's file has a size"
-    position, new = 0, iter(edits)
-    for offset, length in (*ranges, (size, 0)):
-        while position < offset:
-            yield source.files.read(source.name, position, min(at_most, offset - position))
-            position = min(offset, position + at_most)
-        while position < offset + length:
-            start, raw = next(new)
-            assert start == position, "edits fill their ranges in order"
-            yield raw
-            position += len(raw)
+    kept = zip(
+        (0, *(offset + length for offset, length in ranges)),
+        (*(offset for offset, _ in ranges), size),
+        strict=True,
+    )
+    old = [(at, min(at_most, end - at)) for start, end in kept for at in range(start, end, at_most)]
+    new, position = iter(edits), 0
+    with ThreadPoolExecutor(max_workers=_READS_AHEAD) as threads:
+
+        def read(at: int, length: int) -> Future[bytearray]:
+            return threads.submit(source.files.read, source.name, at, length)
+
+        coming = deque(read(*part) for part in old[:_READS_AHEAD])
+        try:
+            for number, (at, length) in enumerate(old):
+                while position < at:
+                    position += len(raw := _next_edit(new, position))
+                    yield raw
+                if number + _READS_AHEAD < len(old):
+                    coming.append(read(*old[number + _READS_AHEAD]))
+                yield coming.popleft().result()
+                position = at + length
+            while position < size:
+                position += len(raw := _next_edit(new, position))
+                yield raw
+        finally:
+            for waiting in coming:
+                waiting.cancel()
 
 
-def _write_hashed(content: Iterator[bytearray | memoryview], target: Path) -> FileRecord:
-    """Write a new file and hash it on the way, while the next piece is on its way."""
+def _next_edit(edits: Iterator[tuple[int, memoryview]], position: int) -> memoryview:
+    start, raw = next(edits)
+    assert start == position, "edits fill their ranges in order"
+    return raw
+
+
+def _write_hashed(content: Iterable[bytearray | memoryview], target: Path) -> FileRecord:
+    """Write a new file and hash it on the way."""
     sha256 = hashlib.sha256()
-    with target.open("xb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as ahead:
-        coming = ahead.submit(next, content, None)
-        while (piece := coming.result()) is not None:
-            coming = ahead.submit(next, content, None)
+    with target.open("xb", buffering=0) as file:
+        for piece in content:
             sha256.update(piece)
             left = memoryview(piece)
             while left:
@@ -318,7 +333,8 @@ def _link(source: Path, target: Path) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     """Copy the content, sharing blocks where the file system can (reflink)."""
-    with source.open("rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
+    # Buffered: a raw file may write less than it is given, and say nothing.
+    with source.open("rb") as reader, target.open("xb") as writer:
         left = os.fstat(reader.fileno()).st_size
         try:
             while left and (
@@ -326,6 +342,8 @@ def _copy(source: Path, target: Path) -> None:
             ):
                 left -= count
         except (OSError, AttributeError):
+            pass
+        if left:
             # Some file systems and kernels cannot; whatever else is wrong comes up again here.
             reader.seek(0)
             writer.seek(0)

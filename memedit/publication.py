@@ -23,6 +23,7 @@ from memedit.files import Files, LocalFiles
 from memedit.lock import exclusive_lock
 from memedit.manifest import MANIFEST_NAME, Manifest, write_manifest
 from memedit.patching import LocalSink, Sink
+from memedit.writing import writing
 
 
 class Publication:
@@ -87,7 +88,8 @@ class Publication:
     def probe(self) -> Iterator[str]:
         """The name of a file in `files`, as long as the block runs: who sees it sees the rest."""
         token = self.staging / "probe"
-        token.touch()
+        with writing(token):
+            token.touch()
         try:
             yield token.name
         finally:
@@ -131,10 +133,11 @@ class Publication:
         Raises:
             InputError: `out` is no longer empty.
         """
-        for path in (*self._files(), *self.staging.glob(MANIFEST_NAME)):
-            _sync(path)
-        for folder in (*(p for p in self.staging.rglob("*") if p.is_dir()), self.staging):
-            _sync(folder)
+        with writing(self.staging):
+            for path in (*self._files(), *self.staging.glob(MANIFEST_NAME)):
+                _sync(path)
+            for folder in (*(p for p in self.staging.rglob("*") if p.is_dir()), self.staging):
+                _sync(folder)
         try:
             # An empty folder in the way is replaced; one with a file in it is not.
             self.staging.rename(self.out)

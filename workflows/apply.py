@@ -23,6 +23,7 @@ from memedit.model import load_config
 from memedit.patching import PatchedFiles, write_patched
 from memedit.progress import Progress
 from memedit.solve import Update
+from memedit.writing import whole_file
 from workflows.destination import destination
 from workflows.edit import FACTS_NAME, REJECTS_NAME, REPORT_NAME
 from workflows.models import resolve_model
@@ -78,7 +79,8 @@ def run_apply(job: ApplyJob, progress: Progress) -> Mapping[str, Any]:
         replace(Checkpoint.open(publication.files), published=sha256).check_published()
         for file in manifest.files:
             if file != DELTA_NAME:
-                (publication.staging / file).write_bytes(source.read(file))
+                with whole_file(publication.staging / file) as partial:
+                    partial.write_bytes(source.read(file))
         publication.publish(
             replace(
                 manifest,
@@ -117,7 +119,8 @@ def _updates(source: Files, staging: Path) -> dict[str, Update]:
     if source.here is not None:
         return load_delta(source.here / DELTA_NAME)
     path = staging / DELTA_NAME
-    path.write_bytes(source.read(DELTA_NAME))
+    with whole_file(path) as partial:
+        partial.write_bytes(source.read(DELTA_NAME))
     try:
         return load_delta(path)
     except InputError as error:

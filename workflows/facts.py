@@ -22,6 +22,7 @@ from memedit.errors import InputError
 from memedit.files import File
 from memedit.layouts import STRUCTURED, layout_of, read_row, to_row
 from memedit.requests import Duplicate, EditBatch, EditRequest, Provenance, resolve
+from memedit.writing import whole_file
 
 OnBadRow: TypeAlias = Literal["fail", "skip"]
 
@@ -171,17 +172,14 @@ def write_rejects(path: str | os.PathLike[str], rejects: Iterable[Reject]) -> No
 
 
 def _write_lines(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> None:
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with (
+        whole_file(Path(path)) as partial,
         # Half a surrogate pair in a rejected row comes out as its JSON escape.
-        with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as out:
-            for row in rows:
-                # A table's dates and bytes have no JSON form; their text will do for a reject.
-                out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+        partial.open("x", encoding="utf-8", errors="backslashreplace", newline="\n") as out,
+    ):
+        for row in rows:
+            # A table's dates and bytes have no JSON form; their text will do for a reject.
+            out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
 def _rejected(

@@ -7,7 +7,6 @@ a model passes through the template's escaping.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -17,6 +16,7 @@ import jinja2
 from markupsafe import Markup
 
 from memedit.outcome import EditOutcome, FactResult
+from memedit.writing import whole_file
 from workflows.findings import (
     METRIC,
     METRICS,
@@ -46,12 +46,8 @@ def write_report(outcome: EditOutcome, path: Path) -> None:
     """Write the report of `outcome` to `path`, whole or not at all."""
     text = render_report(outcome)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def render_report(outcome: EditOutcome) -> str:

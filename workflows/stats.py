@@ -15,6 +15,7 @@ from cluster.publication import open_publication
 from memedit.manifest import code_versions
 from memedit.moments import save_moment
 from memedit.progress import Progress
+from memedit.writing import whole_file
 from workflows.moments import STATS_NAME, TokenSource, corpus_of, moments_for, moments_name
 from workflows.progress import Timed
 from workflows.session import open_base, open_workers, settings_of
@@ -66,7 +67,8 @@ def run_stats(job: StatsJob, progress: Progress) -> Mapping[str, Any]:
             "layers": layers,
             "versions": code_versions(),
         }
-        (publication.staging / STATS_NAME).write_text(json.dumps(stats, indent=2) + "\n")
+        with whole_file(publication.staging / STATS_NAME) as partial:
+            partial.write_text(json.dumps(stats, indent=2) + "\n")
         publication.appear()
     return {
         "out": job.out,

@@ -15,6 +15,7 @@ import torch
 import cluster.artifacts
 from cluster.artifacts import Artifacts, moment_digest, target_digest
 from memedit.config import MomentSettings, TargetSettings
+from memedit.errors import InputError
 from memedit.moments import SecondMoment, Spread
 from memedit.requests import EditRequest
 from memedit.targets import Target
@@ -102,7 +103,7 @@ def test_a_file_appears_whole_or_not_at_all(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cluster.artifacts, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match="No space left"):
         artifacts.keep_target(DIGEST, a_target())
     assert artifacts.target(DIGEST, "fact") is None
     assert not [path for path in artifacts.folder.rglob("*") if path.is_file()]

@@ -158,7 +158,7 @@ def test_a_failed_write_leaves_what_was_there(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match="No space"):
         save_delta(path, some_updates())
     assert os.listdir(path.parent) == listed
     assert before is None or path.read_bytes() == before

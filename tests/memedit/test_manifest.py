@@ -72,7 +72,7 @@ def test_a_measure_that_is_not_finite_becomes_null(tmp_path: Path) -> None:
 
 
 def test_an_existing_manifest_is_not_overwritten(version: Path) -> None:
-    with pytest.raises(FileExistsError):
+    with pytest.raises(InputError, match="exists"):
         write_manifest(version, manifest_of())
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from memedit.errors import InputError
 from memedit.outcome import EditOutcome, Evaluation, FactCounts
 from tests.workflows.outcomes import example_outcome
 from workflows.report import SHOWN_FAILURES, render_report, write_report
@@ -195,8 +197,8 @@ def test_the_file_replaces_the_old_one_whole(tmp_path: Path, monkeypatch):
         raise OSError("disk full")
 
     before = path.read_bytes()
-    monkeypatch.setattr(Path, "replace", disk_full)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(os, "replace", disk_full)
+    with pytest.raises(InputError, match="disk full"):
         write_report(example_outcome(3), path)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
