@@ -120,7 +120,10 @@ class Artifacts:
         if not self.has_moment(digest):
             with _kept(self._path("moments", digest)) as path:
                 _fetch(file, path)
-                check_moment(path)
+                try:
+                    check_moment(path)
+                except InputError as error:
+                    raise InputError(error.message, source=file) from error
         return self._path("moments", digest)
 
     def target(self, digest: str, case_id: str) -> Target | None:

@@ -37,12 +37,13 @@ class Lease:
     """
 
     def __init__(self, place: Place, name: str) -> None:
-        self.place = replace(place, storage=place.storage.of_notes)
+        self._lease_s = _lease_s()
+        # One request on a dead connection must not keep this run silent until others take over.
+        self.place = replace(place, storage=place.storage.of_notes, timeout_s=self._lease_s / 3)
         self.name = name
         self.taken_over = False
         """Whether the holder before has died without letting go."""
         self._owner = secrets.token_hex(8)
-        self._lease_s = _lease_s()
         self._etag = ""
         self._lost: Exception | None = None
         self._ended = threading.Event()

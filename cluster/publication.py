@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -25,12 +25,13 @@ from cluster.store import Guard, is_remote
 from memedit.checksums import FileRecord
 from memedit.errors import InputError, LockError, MemeditError
 from memedit.files import File, Files, LocalFiles
-from memedit.manifest import MANIFEST_NAME, Manifest, manifest_bytes
+from memedit.manifest import MANIFEST_NAME, UNFINISHED_NAME, Manifest, manifest_bytes
 from memedit.patching import Sink
 from memedit.publication import Publication as LocalPublication
 
 LOCK_NAME = ".memedit.publication.lock"
 """Says that a publication began here while nothing else was here; so no other lock has its name."""
+_NOTES = {LOCK_NAME, UNFINISHED_NAME}
 _ENDS = {MANIFEST_NAME, "stats.json"}
 """What is written last; a place that has one of them is finished."""
 
@@ -133,12 +134,16 @@ class S3Publication(Publication):
                 undo.enter_context(self._own)
             # What a dead run has left may go: nobody else can be alive here.
             dead = self._own is None or self._own.taken_over
-            left = self._names() - {LOCK_NAME}
+            left = self._names() - _NOTES
             if left & _ENDS or (left and not dead):
                 raise self._not_empty()
             if dead:
                 self._clear()
+            # After hours of work it would be too late to learn that they may not be listed.
+            self.place.uploads("")
             self.staging = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="memedit-")))
+            # Whoever reads here from now on is told that this is no version yet.
+            self.place.put(UNFINISHED_NAME, b"")
             self._undo = undo.pop_all()
         return self
 
@@ -175,7 +180,8 @@ class S3Publication(Publication):
     def _commit(self, name: str, content: bytes) -> None:
         """Make sure that all is as it was written, then write what makes it a version."""
         found, _ = self.place.listing("", deep=True)
-        found.pop(LOCK_NAME, None)
+        for note in _NOTES:
+            found.pop(note, None)
         mine = {n: (e.size_bytes, e.etag) for n, e in self._sink.written.items()}
         if {n: (e.size_bytes, e.etag) for n, e in found.items()} != mine:
             self._guard.check()
@@ -187,12 +193,20 @@ class S3Publication(Publication):
         self._guard.check()
         self._sink.begun.add(name)
         try:
-            self.place.put(name, content, absent=True)
+            etag = self.place.put(name, content, absent=True)
         except NotAsExpected as error:
             self._sink.begun.discard(name)
             raise LockError(f"{self.place.at(name)}: another run has published here") from error
-        self._guard.check()  # whoever took over meanwhile removes what it finds
+        try:
+            self._guard.check()
+        except LockError:
+            # This run stood still since the last look; what lies here is another's by now.
+            with suppress(NotAsExpected, MemeditError):
+                self.place.delete([name], etag=etag)
+            raise
         self.published = True
+        with suppress(MemeditError):  # beside a manifest it says nothing
+            self.place.delete([UNFINISHED_NAME])
 
     def _upload_staging(self, paths: Sequence[Path] | None = None) -> dict[str, FileRecord]:
         if paths is None:
@@ -216,6 +230,7 @@ class S3Publication(Publication):
                 self._guard.check()  # what lies here may be another's by now
                 # The run that was taken for dead may have written something since.
                 self._clear(None if self._guard.taken_over else self._sink.begun)
+                self.place.delete([UNFINISHED_NAME])
             except MemeditError:
                 # Out of reach: the lock stays, so that the next run cleans up.
                 if self._own is not None:
@@ -223,8 +238,9 @@ class S3Publication(Publication):
 
     def _clear(self, only: set[str] | None = None) -> None:
         """Remove what lies here without being a version, and uploads that did not end."""
-        self._end_uploads(only)
-        names = self._names() - {LOCK_NAME}
+        with suppress(MemeditError):  # the objects matter more
+            self._end_uploads(only)
+        names = self._names() - _NOTES
         # The manifest first, should it be there: never is there one of what is not whole.
         names = names if only is None else names & only
         self.place.delete(sorted(names, key=lambda name: (name not in _ENDS, name)))

@@ -31,6 +31,7 @@ from cluster.current import (
     now,
     read_current,
 )
+from cluster.storage import StorageSettings
 from cluster.store import ABSENT, Store, join, open_store
 from cluster.versions import Version
 from memedit.errors import InputError, LockError
@@ -167,13 +168,13 @@ class Registry:
         return removed
 
 
-def open_registry(location: str) -> Registry:
-    """The registry at a folder or `s3://` prefix.
+def open_registry(location: str, *, storage: StorageSettings | None = None) -> Registry:
+    """The registry at a folder or `s3://` prefix; `storage` is how its objects are stored.
 
     Raises:
         InputError: Nothing was ever published there.
     """
-    registry = Registry(open_store(location))
+    registry = Registry(open_store(location, storage=storage))
     if not registry.exists():
         raise InputError(
             f"no registry: neither {CURRENT_NAME} nor {VERSIONS}/ is here",

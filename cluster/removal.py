@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from cluster.current import check_run_id, folder_of, is_run_id, now
 from cluster.store import ABSENT, Store, join
 from memedit.errors import InputError, LockError
-from memedit.manifest import MANIFEST_NAME
+from memedit.manifest import MANIFEST_NAME, UNFINISHED_NAME
 
 FOLDER = "removing"
 ASKING, REMOVING, KEPT = "asking", "removing", "kept"
@@ -88,10 +88,14 @@ def erase(store: Store, run_id: str) -> None:
     """Delete a version whose removal is decided; goes on where another run stopped."""
     folder = folder_of(run_id)
     found = store.sizes(folder, deep=True)
-    manifest = f"{folder}/{MANIFEST_NAME}"
-    # Three calls: within one, a storage may delete in any order.
+    manifest, unfinished = f"{folder}/{MANIFEST_NAME}", f"{folder}/{UNFINISHED_NAME}"
+    if found:
+        with suppress(LockError):  # it lies there already
+            store.put(unfinished, b"", expected=ABSENT)
+    # One call after the other: within one, a storage may delete in any order.
     store.delete([manifest])
-    store.delete([name for name in found if name != manifest])
+    store.delete([name for name in found if name not in (manifest, unfinished)])
+    store.delete([unfinished])
     store.delete([f"{FOLDER}/{run_id}"])
 
 

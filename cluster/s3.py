@@ -45,6 +45,8 @@ class Place:
     bucket: str
     prefix: str = ""
     storage: StorageSettings = field(default_factory=StorageSettings)
+    timeout_s: float | None = None
+    """How long small requests wait for an answer before they are made again."""
 
     @classmethod
     def of(cls, location: str, storage: StorageSettings | None = None) -> Place:
@@ -179,7 +181,7 @@ class Place:
             found = s3.get_object(**arguments)
             return found["Body"].read(), _quoted(found["ETag"])
 
-        return ask(get, self.at(name), missing=None)
+        return ask(get, self.at(name), missing=None, timeout_s=self.timeout_s)
 
     # ------------------------------------------------------------------------------- writing
 
@@ -208,6 +210,7 @@ class Place:
                 self.at(name),
                 missing=None,
                 doubt=doubt,
+                timeout_s=self.timeout_s,
             )
             if written is None:  # how AWS says that there is nothing for the condition to hold of
                 raise NotAsExpected(f"{self.at(name)}: is gone")

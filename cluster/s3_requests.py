@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import boto3
@@ -78,10 +78,12 @@ class NotAsExpected(MemeditError):
 
 @dataclass
 class _Requests:
-    """The client of this process, and whether the storage has answered it."""
+    """The clients of this process, and whether the storage has answered them."""
 
     session: boto3.session.Session
     client: S3Client
+    hasty: dict[float, S3Client] = field(default_factory=dict)
+    """By how long they wait for an answer."""
     met: bool = False
     silent_since: float | None = None
     """Since when it has answered nobody, though it was asked."""
@@ -95,19 +97,32 @@ class _Requests:
 def _requests(process: int) -> _Requests:
     try:
         session = boto3.session.Session()
-        config = Config(
-            # Asking again is done here, for the body of an answer too.
-            retries={"total_max_attempts": 1},
-            connect_timeout=10,
-            read_timeout=60,
-            max_pool_connections=3 * THREADS,
-        )
-        region = session.region_name or "us-east-1"
-        return _Requests(session, session.client("s3", region_name=region, config=config))
+        return _Requests(session, _client(session, connect_s=10, read_s=60))
     except ProfileNotFound as error:
         raise InputError(str(error), source="S3", field="AWS_PROFILE") from error
     except (BotoCoreError, ValueError) as error:
         raise InputError(_without_password(str(error)), source="S3") from None
+
+
+def _client(session: boto3.session.Session, *, connect_s: float, read_s: float) -> S3Client:
+    config = Config(
+        # Asking again is done here, for the body of an answer too.
+        retries={"total_max_attempts": 1},
+        connect_timeout=connect_s,
+        read_timeout=read_s,
+        max_pool_connections=3 * THREADS,
+    )
+    # boto3 itself reads AWS_DEFAULT_REGION only; the other SDKs read this one.
+    region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
+    return session.client("s3", region_name=region, config=config)
+
+
+def _client_of(requests: _Requests, timeout_s: float | None) -> S3Client:
+    if timeout_s is None:
+        return requests.client
+    if timeout_s not in requests.hasty:
+        requests.hasty[timeout_s] = _client(requests.session, connect_s=timeout_s, read_s=timeout_s)
+    return requests.hasty[timeout_s]
 
 
 @functools.cache
@@ -159,6 +174,7 @@ def ask(
     *,
     missing: Any = _RAISE,
     doubt: list[Exception] | None = None,
+    timeout_s: float | None = None,
 ) -> T:
     """Make one request, again and again while that can help.
 
@@ -167,6 +183,7 @@ def ask(
         place: What it is about, for errors.
         missing: Given where the object is not there; without it that is an error.
         doubt: Takes the errors after which nobody knows whether the request was granted.
+        timeout_s: How long to wait for an answer before asking again; a minute by default.
 
     Raises:
         InputError: The storage refuses: no such bucket or object, wrong keys, no permission.
@@ -179,7 +196,7 @@ def ask(
     failing_since: float | None = None
     while True:
         try:
-            answer = request(requests.client)
+            answer = request(_client_of(requests, timeout_s))
             requests.answered()
             return answer
         except ClientError as error:
@@ -285,4 +302,5 @@ def _without_secrets(text: str) -> str:
 
 def _without_password(text: str) -> str:
     """`text` without the user and the password that an address may have."""
+    text = re.sub(r"(?<=://)[^\s\"']*@", "***@", text)  # a secret of AWS may hold slashes
     return re.sub(r"[^/\s\"':]+:[^/\s\"'@]*@", "***@", text)

@@ -47,7 +47,10 @@ class S3Sink(Sink):
     def copy(self, source: File, known: FileRecord | None) -> FileRecord:
         """See `Sink`."""
         if not isinstance(source.files, S3Files):
-            return self._upload(source, (), iter(()))
+            found = self._upload(source, (), iter(()))
+            if known is not None and known.sha256 not in (None, found.sha256):
+                raise InputError("has changed since this run began to read it", source=source)
+            return found
         there = source.files.entry(source.name)
         entry = None
         if there.size_bytes <= MAX_COPY_BYTES:

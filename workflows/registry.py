@@ -157,7 +157,7 @@ def run_rollback(job: RollbackJob, progress: Progress) -> dict[str, Any]:
         InputError: There is no such version, or it is not whole; CURRENT is where it was.
         LockError: CURRENT was moved by another run meanwhile, or the version is being removed.
     """
-    registry = open_registry(job.registry)
+    registry = open_registry(job.registry, storage=job.storage_settings)
     seen = registry.current()
     to = run_id_of(job.to or "previous", registry, field="to")
     try:
@@ -189,7 +189,7 @@ def run_pin(job: PinJob, progress: Progress) -> dict[str, Any]:
         InputError: There is no such version.
         LockError: It is being removed at this moment.
     """
-    registry = open_registry(job.registry)
+    registry = open_registry(job.registry, storage=job.storage_settings)
     if job.remove:
         # A pin can outlive its version, if that was removed by hand.
         pinned = job.version in registry.pins()
@@ -221,7 +221,7 @@ def run_gc(job: GcJob, progress: Progress) -> dict[str, Any]:
         InputError: There is no registry, or its CURRENT is damaged; nothing was removed.
         LockError: Another run publishes there or removes; nothing was removed.
     """
-    registry = open_registry(job.registry)
+    registry = open_registry(job.registry, storage=job.storage_settings)
     rules = Rules(keep=job.keep, keep_days=job.keep_days)
     if not job.run:
         plan = make_plan(registry, rules)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from workflows.fields import option
-from workflows.settings import Job, PublishJob
+from workflows.settings import Job, PublishJob, StoringJob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ class DiffJob(NamedVersionJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RollbackJob(RegistryJob):
+class RollbackJob(RegistryJob, StoringJob):
     """`memedit rollback`: use another version."""
 
     to: str | None = option(
@@ -146,7 +146,7 @@ class RollbackJob(RegistryJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PinJob(RegistryJob):
+class PinJob(RegistryJob, StoringJob):
     """`memedit pin`: keep a version whatever `gc` is told."""
 
     version: str = option(
@@ -164,7 +164,7 @@ class PinJob(RegistryJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GcJob(RegistryJob):
+class GcJob(RegistryJob, StoringJob):
     """`memedit gc`: remove versions that are not worth keeping."""
 
     keep: int = option(

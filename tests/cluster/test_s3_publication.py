@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import compose, publication
+from cluster import compose, s3_sink
 from cluster.compose import MIN_PART_BYTES
 from cluster.publication import open_publication
 from cluster.storage import StorageSettings
@@ -131,7 +131,7 @@ def test_copied_in_parts_and_stored_as_is_asked(
     expected: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in (compose, publication):
+    for module in (compose, s3_sink):
         monkeypatch.setattr(module, "MAX_COPY_BYTES", 10 * MIB)
     storage = StorageSettings(server_side_encryption="AES256", storage_class="STANDARD_IA")
     there = Checkpoint.open(open_files(base_location))

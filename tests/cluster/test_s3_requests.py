@@ -20,7 +20,7 @@ from botocore.exceptions import (
 from botocore.parsers import ResponseParserError
 
 from cluster import s3_requests
-from cluster.s3_requests import NotAsExpected, ask
+from cluster.s3_requests import NotAsExpected, ask, forget_client
 from memedit.errors import InputError, LockError, MemeditError
 from tests.s3.fixtures import use_aws_environment
 from tests.s3.server import Identity, aws_environment
@@ -298,10 +298,11 @@ def test_a_password_in_the_address_is_not_shown(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MEMEDIT_S3_PATIENCE_S", "0")
-    address = EndpointConnectionError(endpoint_url="http://me:hidden@127.0.0.1:1/bucket")
-    with pytest.raises(MemeditError, match=r"//\*\*\*@127.0.0.1:1") as caught:
-        ask(Requests(clock, address), PLACE)
-    assert "hidden" not in everything(caught.value)
+    for password in ("hidden", "hidden/hidden", "hid@den/hidden", "h:hidden"):
+        address = EndpointConnectionError(endpoint_url=f"http://me:{password}@127.0.0.1:1/bucket")
+        with pytest.raises(MemeditError, match=r"//\*\*\*@127.0.0.1:1") as caught:
+            ask(Requests(clock, address), PLACE)
+        assert "hid" not in everything(caught.value)
 
 
 def test_an_address_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,3 +310,17 @@ def test_an_address_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"S3: Invalid endpoint: \*\*\*@127.0.0.1") as caught:
         ask(lambda client: None, PLACE)
     assert "hidden" not in everything(caught.value)
+
+
+@pytest.mark.parametrize("variable", ["AWS_REGION", "AWS_DEFAULT_REGION"])
+def test_the_region_by_either_name(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = aws_environment("http://127.0.0.1:1", KEYS)
+    regions = ("AWS_REGION", "AWS_DEFAULT_REGION")
+    use_aws_environment(monkeypatch, {k: v for k, v in environment.items() if k not in regions})
+    for name in regions:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "eu-north-1")
+    forget_client()
+    assert ask(lambda client: client.meta.region_name, PLACE) == "eu-north-1"
+    assert ask(lambda client: client.meta.region_name, PLACE, timeout_s=1) == "eu-north-1"
+    forget_client()

@@ -14,7 +14,7 @@ from cluster.publication import LOCK_NAME, S3Publication, open_publication
 from cluster.store import open_files
 from memedit.checkpoint import Checkpoint
 from memedit.errors import LockError, MemeditError
-from memedit.manifest import MANIFEST_NAME, Manifest
+from memedit.manifest import MANIFEST_NAME, UNFINISHED_NAME, Manifest
 from memedit.patching import write_patched
 from memedit.verify import verify
 from tests.cluster.s3_places import Bucket, publish, write
@@ -102,9 +102,9 @@ def test_who_was_stopped_and_knows_it_writes_nothing(
         for source in (base, remote):
             with pytest.raises(LockError, match="another run has taken over"):
                 write(source, first, EDITED)
-        assert bucket.named(out) == {LOCK_NAME}
+        assert bucket.named(out) == {LOCK_NAME, UNFINISHED_NAME}
         first.__exit__(None, None, None)
-        assert bucket.named(out) == {LOCK_NAME}
+        assert bucket.named(out) == {LOCK_NAME, UNFINISHED_NAME}
     assert bucket.is_clean(out)
 
 

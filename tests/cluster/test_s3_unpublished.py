@@ -19,12 +19,13 @@ from memedit.checkpoint import Checkpoint
 from memedit.checksums import FileRecord
 from memedit.errors import GateError, InputError, LockError, MemeditError
 from memedit.files import file_of
-from memedit.manifest import MANIFEST_NAME
+from memedit.manifest import MANIFEST_NAME, UNFINISHED_NAME
 from memedit.patching import write_patched
 from tests.cluster.s3_places import MIB, Bucket, publish, saved_model, write
 from tests.memedit.test_manifest import manifest_of
 from tests.s3.proxy import DisturbingProxy, Kind
 from tests.s3.server import SeaweedServer
+from workflows.models import resolve_model
 
 EDITED = ("model.layers.1.self_attn.o_proj.weight",)
 
@@ -147,9 +148,11 @@ def test_who_has_lost_the_lock_of_a_registry_removes_nothing(
         ours.sink.copy(file_of(tmp_path / "a.txt"), None)
         guard.lost = True
         ours.publish(manifest_of(files={}, tensors={}))
-    assert bucket.below(s3) == {"a.txt": b"a"}
+    assert bucket.below(s3) == {"a.txt": b"a", UNFINISHED_NAME: b""}
     with open_publication(s3, run_id="r", guard=Held()):
-        assert bucket.below(s3) == {}  # left by a dead run, for who holds the lock
+        assert bucket.below(s3) == {
+            UNFINISHED_NAME: b""
+        }  # left by a dead run, for who holds the lock
 
 
 def test_the_lock_of_a_registry_is_no_licence_to_clear_it(
@@ -278,3 +281,46 @@ def test_workers_see_what_was_written(s3: str, base_location: str) -> None:
     # It was pinned to what is gone now.
     with pytest.raises(InputError, match=f"{s3}/.*: there is no such object"):
         again.read(EDITED[0])
+
+
+def test_who_reads_meanwhile_is_told(s3: str, base: Checkpoint) -> None:
+    with open_publication(s3, run_id="r") as made:
+        written = write(base, made, EDITED)
+        with pytest.raises(InputError, match="being published or removed"):
+            resolve_model(s3)
+        made.publish(manifest_of(files=written.files, tensors=written.tensors))
+    assert Checkpoint.open(resolve_model(s3).files).published
+
+
+def test_a_file_that_changes_while_it_is_uploaded(
+    s3: str, bucket: Bucket, base: Checkpoint, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("after")
+    known = FileRecord(size_bytes=5, sha256="0" * 64)
+    with (
+        pytest.raises(InputError, match=r"a\.txt: has changed since this run began"),
+        open_publication(s3, run_id="r") as made,
+    ):
+        made.sink.copy(file_of(tmp_path / "a.txt"), known)
+    assert bucket.is_clean(s3)
+
+
+def test_the_manifest_of_who_stood_still_goes_again(
+    s3: str, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run has taken over between the last look and the manifest."""
+    guard = Held()
+    put = Place.put
+
+    def late(place: Place, name: str, *arguments: Any, **options: Any) -> str:
+        written = put(place, name, *arguments, **options)
+        guard.lost = guard.lost or name == MANIFEST_NAME
+        return written
+
+    monkeypatch.setattr(Place, "put", late)
+    with (
+        pytest.raises(LockError, match="taken over"),
+        open_publication(s3, run_id="r", guard=guard) as made,
+    ):
+        made.publish(manifest_of(files={}, tensors={}))
+    assert MANIFEST_NAME not in bucket.named(s3)

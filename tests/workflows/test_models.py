@@ -16,8 +16,9 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 
 from memedit.checkpoint import Checkpoint
+from memedit.checksums import record_of
 from memedit.errors import InputError
-from memedit.manifest import write_manifest
+from memedit.manifest import UNFINISHED_NAME, write_manifest
 from memedit.progress import Silent
 from tests.elsewhere import Elsewhere
 from tests.memedit.test_manifest import manifest_of
@@ -87,6 +88,29 @@ def test_a_version_that_is_no_model_by_itself(far: Elsewhere, kind: str, says: s
     # An adapter that was put beside a model does not make less of it.
     (far.root / "config.json").write_text("{}")
     assert resolve_model("s3://bucket/version").files is far
+
+
+def test_what_is_no_version_yet_or_any_more(far: Elsewhere) -> None:
+    (far.root / "config.json").write_text("{}")
+    (far.root / UNFINISHED_NAME).touch()
+    for spec in ("s3://bucket/version", str(far.root)):
+        with pytest.raises(InputError, match="being published or removed, or a run was killed"):
+            resolve_model(spec)
+    write_manifest(far.root, manifest_of(files={}))
+    assert resolve_model("s3://bucket/version").files is far
+
+
+def test_a_small_file_of_a_version_that_was_changed(far: Elsewhere) -> None:
+    (far.root / "config.json").write_text("{}")
+    (far.root / "tokenizer.json").write_text("[1]")
+    records = {name: record_of(far.root / name) for name in ("config.json", "tokenizer.json")}
+    write_manifest(far.root, manifest_of(files=records))
+    resolve_model(str(far.root))
+    (far.root / "tokenizer.json").write_text("[2]")
+    with pytest.raises(
+        InputError, match=r"tokenizer\.json: was changed since.*if that is meant"
+    ):
+        resolve_model(str(far.root))
 
 
 @pytest.mark.parametrize("spec", ["s3://", "s3://bucket/../other", "s3://key:secret@bucket/model"])
