@@ -215,7 +215,7 @@ def find_all_targets(
             if not cut[turn]:
                 return
             with side.timed("targets"):
-                found = stages.find_targets(
+                found, _ = stages.find_targets(
                     executor,
                     [encoded for unit in cut[turn] for encoded in unit],
                     layer=max(side.settings.layers),

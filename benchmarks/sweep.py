@@ -71,7 +71,7 @@ def find_targets(
                 zs_NO=file.get_tensor("zs"), passes=passes, seconds_per_fact=seconds
             )
     started = time.perf_counter()
-    found = stages.find_targets(
+    found, _ = stages.find_targets(
         executor,
         encoded,
         layer=layer,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+from collections.abc import Callable
 from typing import Literal
 
+from cluster.dispatch import Rules
 from memedit.errors import InputError
 from memedit.executor import Executor, InlineExecutor
 from memedit.model import ModelSpec
@@ -20,6 +22,8 @@ def open_executor(
     workers: int | None = None,
     gpus_per_worker: float = 0.0,
     threads: int | None = None,
+    rules: Rules | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Executor:
     """Load the model where the work will be done.
 
@@ -31,6 +35,8 @@ def open_executor(
         workers: Ray actors; None for as many as the cluster holds.
         gpus_per_worker: GPUs of each Ray actor.
         threads: Threads of each worker; None for torch's choice inline and a fair share on Ray.
+        rules: How often and how long Ray's failures are put up with.
+        tell: Told of failures that were mended.
 
     Raises:
         InputError: The model cannot be loaded, or the cluster cannot be reached or is too small.
@@ -52,6 +58,8 @@ def open_executor(
         workers=workers,
         gpus_per_worker=gpus_per_worker,
         threads=threads,
+        rules=rules,
+        tell=tell,
     )
 
 

@@ -1,38 +1,40 @@
 """The executor on Ray: one actor per worker, each holding a `memedit.worker.Worker`.
 
-The only module that imports Ray. Knows how to reach or start a cluster, how units travel and what
-a death looks like; does not know what the units are.
+Knows how units travel, what a death looks like and how a new worker gets into the state of the one
+that died; which unit goes where next is decided in `cluster.dispatch`. Does not know what the units
+are.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
-import socket
-import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
-from urllib.parse import urlsplit
 
 import ray
 import torch
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 import memedit
-from cluster.placement import Machine, Placement, place
-from memedit.errors import InputError, MemeditError
-from memedit.executor import Executor
+from cluster.dispatch import Dispatch, Rules
+from cluster.placement import Placement, place
+from cluster.ray_cluster import connect, last_line, machines
+from memedit.errors import InputError, MemeditError, NumericalError
+from memedit.executor import Executor, Failed
 from memedit.files import LocalFiles
 from memedit.model import ModelSpec
 from memedit.worker import Worker
 
-_REACH_TIMEOUT_S = 8.0
-_OBJECT_STORE_BYTES = 1 << 30
-_AGAIN = "run the same command again: finished z vectors are kept"
+_AGAIN = "run the same command again: finished work is kept"
+_LASTING = ("load", "apply")
+"""What changes a worker's model; a new worker does it again."""
+_LIVES = 6
+"""Deaths of one worker without a finished unit between them, before no new one is started; a death
+before it is ready counts twice."""
+_LOOK_S = 1.0
+"""How often the driver looks round while a worker has nothing to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +60,24 @@ class _Actor:
     def seat(self) -> Seat:
         return Seat(node=self._node, pid=os.getpid(), version=memedit.__version__)
 
-    def open(self, spec: ModelSpec) -> None:
+    def begin(self, spec: ModelSpec, story: Sequence[tuple[str, list[Any]]]) -> Seat:
+        """Load the model and do again what has changed it."""
+        if story and story[0][0] == "load":  # what was loaded first is not needed any more
+            (_, (newest,)), story = story[0], story[1:]
+            spec = ray.get(newest)
         self._worker = Worker(self._here(spec), threads=self._placement.threads)
+        for method, stored in story:
+            self.collect(method, *ray.get(stored))
+        return self.seat()
+
+    def follow(self, method: str, *arguments: Any) -> Seat:
+        """Do what was asked for after `begin` was."""
+        self.collect(method, *arguments)
+        return self.seat()
 
     def stream(self, method: str, *arguments: Any) -> Iterator[Any]:
+        if self._worker is None:
+            raise MemeditError("this worker could not load the model")
         given = (self._here(a) if isinstance(a, ModelSpec) else a for a in arguments)
         # Not `yield from`: Ray resumes with a value, which a plain iterator behind it cannot take.
         for item in getattr(self._worker, method)(*given):  # noqa: UP028
@@ -90,8 +106,37 @@ class _Actor:
         return replace(spec, device="cuda")
 
 
+@dataclass(kw_only=True)
+class _Slot:
+    """One worker of the executor: an actor, and the next one when it dies."""
+
+    number: int
+    actor: Any = None
+    seat: Seat | None = None
+    begun: Any = None
+    """What tells that it is ready, or None once it is."""
+    left: set[Any] = field(default_factory=set)
+    """Calls whose results nobody waits for any more."""
+    deaths: int = 0
+    """Since it last finished a unit."""
+    gone: str = ""
+    """Why no new actor is started."""
+
+    @property
+    def ready(self) -> bool:
+        return not self.gone and self.begun is None
+
+    @property
+    def free(self) -> bool:
+        """Whether it can take units."""
+        return self.ready and not self.left
+
+
 class RayExecutor(Executor):
     """Workers as Ray actors; see `memedit.executor.Executor`.
+
+    A worker that dies, hangs or loses its machine is replaced by a new one in the same state, and
+    what it was doing is done again; see `cluster.dispatch.Rules` for how often.
 
     Args:
         spec: The model that each worker loads, from a folder that all of them see. The device
@@ -102,6 +147,8 @@ class RayExecutor(Executor):
         gpus_per_worker: GPUs of each worker.
         threads: CPUs and threads of each worker; None for an equal share.
         start_timeout_s: How long to wait for the cluster to start the actors.
+        rules: What is put up with.
+        tell: Told of what went wrong and was mended.
 
     Raises:
         InputError: The cluster cannot be reached, is too small, or its machines lack the model or
@@ -117,6 +164,8 @@ class RayExecutor(Executor):
         gpus_per_worker: float = 0.0,
         threads: int | None = None,
         start_timeout_s: float = 300.0,
+        rules: Rules | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         if spec.device != "cpu" and not gpus_per_worker:
             raise InputError(
@@ -125,245 +174,342 @@ class RayExecutor(Executor):
             )
         if spec.files.here is not None:
             spec = replace(spec, files=LocalFiles(spec.files.here.absolute()))
-        self.seats: tuple[Seat, ...] = ()
-        self._actors: list[Any] = []
+        self.rules = rules or Rules()
+        self._tell = tell or (lambda _: None)
+        self._start_timeout_s = start_timeout_s
+        self._slots: list[_Slot] = []
+        self._story: list[tuple[str, list[Any]]] = []
         self._connected = False
         try:
-            self._connected = _connect(address)
-            placement = place(
-                _machines(ours=self._connected and address is None),
+            self._connected = connect(address)
+            self._placement = place(
+                machines(ours=self._connected and address is None),
                 workers=workers,
                 gpus_per_worker=gpus_per_worker,
                 threads=threads,
                 memory_per_worker_bytes=_memory_bytes(spec),
             )
-            self.n_workers = placement.workers
-            self._start(placement, start_timeout_s)
-            self._gather([actor.open.remote(spec) for actor in self._actors])
+            self.n_workers = self._placement.workers
+            self._spec = ray.put(spec)
+            self._slots = [_Slot(number=number) for number in range(self.n_workers)]
+            self._start()
         except BaseException:
             self.close()
             raise
 
-    def _start(self, placement: Placement, timeout_s: float) -> None:
-        # Before torch is imported, so that no library makes a larger pool.
-        pools = {"OMP_NUM_THREADS": str(placement.threads), "TOKENIZERS_PARALLELISM": "false"}
-        make = ray.remote(_Actor).options(
-            num_cpus=placement.threads,
-            num_gpus=placement.gpus,
-            max_restarts=0,
-            max_task_retries=0,
-            runtime_env={"env_vars": pools},
-        )
-        self._actors = [make.remote(placement) for _ in range(placement.workers)]
-        calls = [actor.seat.remote() for actor in self._actors]
-        _, waiting = ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
+    @property
+    def seats(self) -> tuple[Seat, ...]:
+        """Where the workers run that are ready."""
+        return tuple(slot.seat for slot in self._slots if slot.ready and slot.seat is not None)
+
+    # --- Workers: start, death, replacement -----------------------------------------------------
+
+    def _start(self) -> None:
+        for slot in self._slots:
+            self._launch(slot)
+        calls = [slot.actor.seat.remote() for slot in self._slots]
+        _, waiting = ray.wait(calls, num_returns=len(calls), timeout=self._start_timeout_s)
         if waiting:
-            free = ray.available_resources()  # type: ignore[no-untyped-call]
+            placement, free = self._placement, ray.available_resources()  # type: ignore[no-untyped-call]
             raise MemeditError(
-                f"{len(waiting)} of {len(calls)} workers did not start within {timeout_s:g} s; "
+                f"{len(waiting)} of {len(calls)} workers did not start within "
+                f"{self._start_timeout_s:g} s; "
                 f"each needs {placement.threads} CPUs and {placement.gpus:g} GPUs, and "
                 f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free; "
                 "ask for fewer workers, or wait until others have finished"
             )
-        self.seats = tuple(self._gather(calls))
-        for seat in self.seats:
-            if seat.version != memedit.__version__:
+        for slot, call in zip(self._slots, calls, strict=True):
+            try:
+                slot.seat = ray.get(call)
+            except RayError as error:
+                raise MemeditError(self._obituary(slot, error)) from error
+            if slot.seat.version != memedit.__version__:
                 raise InputError(
-                    f"{seat.node} has memedit {seat.version}, this is {memedit.__version__}; "
-                    "install the same version on every machine"
+                    f"{slot.seat.node} has memedit {slot.seat.version}, this is"
+                    f" {memedit.__version__}; install the same version on every machine"
                 )
+        while starting := [slot for slot in self._slots if slot.begun is not None]:
+            ray.wait([slot.begun for slot in starting], num_returns=1)
+            for slot in starting:
+                self._welcome(slot, first=True)
+        self._need_workers()
+
+    def _launch(self, slot: _Slot) -> None:
+        """Start an actor that loads the model and gets into the state of the others."""
+        # Before torch is imported, so that no library makes a larger pool.
+        threads, gpus = self._placement.threads, self._placement.gpus
+        pools = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        make = ray.remote(_Actor).options(
+            num_cpus=threads,
+            num_gpus=gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            runtime_env={"env_vars": pools},
+        )
+        slot.actor, slot.seat, slot.left = make.remote(self._placement), None, set()
+        slot.begun = slot.actor.begin.remote(self._spec, self._story)
+
+    def _welcome(self, slot: _Slot, *, first: bool = False) -> bool:
+        """Look whether a starting worker is ready by now; whether it is."""
+        if slot.begun is None or not ray.wait([slot.begun], timeout=0)[0]:
+            return False
+        try:
+            slot.seat = self._result(slot.begun)
+        except MemeditError as error:
+            if first:
+                raise
+            self._give_up(slot, f"a new worker could not begin: {error}")
+            return False
+        except RayError as error:
+            self._bury(slot, error)
+            return False
+        slot.begun = None
+        return True
+
+    def _bury(self, slot: _Slot, error: Exception | str) -> None:
+        """Replace a worker that has died, or is to."""
+        reason = error if isinstance(error, str) else self._obituary(slot, error)
+        ray.kill(slot.actor, no_restart=True)
+        slot.deaths += 1 if slot.begun is None else 2
+        if slot.deaths >= _LIVES:
+            self._give_up(slot, reason)
+            return
+        self._tell(f"{reason}; another one takes its place")
+        self._launch(slot)
+
+    def _give_up(self, slot: _Slot, reason: str) -> None:
+        ray.kill(slot.actor, no_restart=True)
+        slot.begun, slot.gone = None, reason
+        self._tell(f"{reason}; it is not started again")
+
+    def _need_workers(self) -> None:
+        """Wait until some worker is ready.
+
+        Raises:
+            MemeditError: None is, and none will be.
+        """
+        until = time.monotonic() + self._start_timeout_s
+        while not any(slot.ready for slot in self._slots):
+            starting = [slot for slot in self._slots if slot.begun is not None]
+            if not starting:
+                reasons = "; ".join(dict.fromkeys(slot.gone for slot in self._slots))
+                raise MemeditError(f"no worker is left: {reasons}; {_AGAIN}")
+            if time.monotonic() > until:
+                raise MemeditError(
+                    f"all workers have died, and the cluster has started no other within"
+                    f" {self._start_timeout_s:g} s; {_AGAIN}"
+                )
+            ray.wait([slot.begun for slot in starting], num_returns=1, timeout=_LOOK_S)
+            for slot in starting:
+                self._welcome(slot)
+
+    # --- Work -----------------------------------------------------------------------------------
 
     def map(
-        self, method: str, units: Sequence[tuple[Any, ...]], *, sticky: bool = False
+        self,
+        method: str,
+        units: Sequence[tuple[Any, ...]],
+        *,
+        sticky: bool = False,
+        copies: bool = False,
+        rest: Callable[[int], tuple[Any, ...] | None] | None = None,
+        give_up: bool = False,
     ) -> Iterator[tuple[int, Any]]:
         """See `Executor.map`; items come as they are made (through ray://, unit by unit)."""
-        shared = deque(range(len(units)))
-        queues = [
-            deque(range(worker, len(units), self.n_workers)) if sticky else shared
-            for worker in range(self.n_workers)
-        ]
-        load = [0] * self.n_workers
-        pending: dict[Any, tuple[int, int]] = {}
+        dispatch = Dispatch(
+            len(units), workers=self.n_workers, rules=self.rules, sticky=sticky, copies=copies
+        )
+        calls: dict[Any, tuple[_Slot, int]] = {}
+        joined: set[int] = set()
 
-        def submit(worker: int) -> None:
-            # A second unit waits at a worker so that it need not wait for the driver, but the last
-            # ones go to whoever is free.
-            queue = queues[worker]
-            while queue and load[worker] < (2 if sticky or len(queue) > self.n_workers else 1):
-                unit = queue.popleft()
-                pending[self._call(worker, method, units[unit])] = (unit, worker)
-                load[worker] += 1
+        def feed(slot: _Slot) -> None:
+            if slot.number not in joined:
+                joined.add(slot.number)
+                dispatch.joined(slot.number, time.monotonic())
+            while (unit := dispatch.take(slot.number, time.monotonic())) is not None:
+                given = rest(unit) if rest is not None else units[unit]
+                if given is None:  # another attempt has given all there was to give
+                    dispatch.done(slot.number, unit, time.monotonic())
+                else:
+                    calls[self._call(slot, method, given)] = (slot, unit)
 
-        for worker in range(self.n_workers):
-            submit(worker)
-        while pending:
-            (call,), _ = ray.wait(list(pending), num_returns=1)
-            unit, worker = pending[call]
-            items, more = self._ready(call, worker)
-            if not more:
-                del pending[call]
-                load[worker] -= 1
-                submit(worker)
-            yield from ((unit, item) for item in items)
+        def lose(slot: _Slot, why: Exception | str) -> Iterator[tuple[int, Failed]]:
+            for call in [call for call, (owner, _) in calls.items() if owner is slot]:
+                del calls[call]
+            joined.discard(slot.number)
+            reason = why if isinstance(why, str) else self._obituary(slot, why)
+            given_up = dispatch.lost(slot.number, time.monotonic())
+            if given_up:  # the unit is to blame
+                slot.deaths = 0
+            self._bury(slot, why)
+            for unit in given_up:
+                yield unit, self._failed(reason, dispatch.rules.attempts, give_up=give_up)
 
-    def _call(self, worker: int, method: str, unit: tuple[Any, ...]) -> Any:
-        actor = self._actors[worker]
+        try:
+            while not dispatch.ended():
+                self._need_workers()
+                for slot in self._slots:
+                    if slot.free:
+                        feed(slot)
+                if dispatch.ended():
+                    break
+                for event in self._await(calls, dispatch):
+                    if event not in calls:
+                        self._notice(event)
+                        continue
+                    slot, unit = calls[event]
+                    try:
+                        items, more = self._ready(event)
+                    except MemeditError as error:
+                        del calls[event]
+                        if not (give_up and isinstance(error, NumericalError)):
+                            raise
+                        if dispatch.failed(slot.number, unit, time.monotonic(), for_good=True):
+                            yield unit, Failed(reason=str(error))
+                        continue
+                    except RayError as error:
+                        yield from lose(slot, error)
+                        continue
+                    except (RuntimeError, OSError, MemoryError) as error:
+                        # Such as a broken CUDA context: the process may be of no more use.
+                        yield from lose(slot, f"{self._name(slot)} failed: {last_line(str(error))}")
+                        continue
+                    dispatch.heard(slot.number, time.monotonic())
+                    if not more:
+                        del calls[event]
+                        slot.deaths = 0
+                        dispatch.done(slot.number, unit, time.monotonic())
+                    yield from ((unit, item) for item in items)
+                for number in dispatch.stalled(time.monotonic()):
+                    why = f"gave nothing for {self.rules.stall_s:g} s and was stopped"
+                    slot = self._slots[number]
+                    yield from lose(slot, f"{self._name(slot)} {why}")
+        finally:
+            for call, (slot, _) in calls.items():
+                slot.left.add(call)
+
+    def _await(self, calls: dict[Any, tuple[_Slot, int]], dispatch: Dispatch) -> list[Any]:
+        """The next thing that happens at any worker, if anything does in time."""
+        others = [slot.begun for slot in self._slots if slot.begun is not None]
+        others += [call for slot in self._slots for call in slot.left]
+        timeout_s = dispatch.pause_s(time.monotonic())
+        busy = {slot.number for slot, _ in calls.values()}
+        if len(busy) < len([slot for slot in self._slots if slot.free]):
+            timeout_s = min(timeout_s, _LOOK_S)
+        happened: list[Any]
+        happened, _ = ray.wait([*calls, *others], num_returns=1, timeout=timeout_s)
+        return happened
+
+    def _notice(self, event: Any) -> None:
+        """Something that no unit waits for: a worker is ready, or done with what is not needed."""
+        for slot in self._slots:
+            if event is slot.begun:
+                self._welcome(slot)
+            elif event in slot.left:
+                try:
+                    _, more = self._ready(event)
+                except RayError as error:
+                    slot.left.clear()
+                    self._bury(slot, error)
+                except Exception:
+                    slot.left.discard(event)
+                else:
+                    if not more:
+                        slot.left.discard(event)
+
+    def _failed(self, reason: str, attempts: int, *, give_up: bool) -> Failed:
+        if not give_up:
+            raise MemeditError(f"{reason}; that was attempt {attempts} at the same work; {_AGAIN}")
+        return Failed(reason=f"{reason}; attempt {attempts}")
+
+    def _call(self, slot: _Slot, method: str, unit: tuple[Any, ...]) -> Any:
         if ray.util.client.ray.is_connected():  # type: ignore[no-untyped-call]
-            return actor.collect.remote(method, *unit)  # Ray Client knows no streams
-        return actor.stream.options(num_returns="streaming").remote(method, *unit)
+            return slot.actor.collect.remote(method, *unit)  # Ray Client knows no streams
+        return slot.actor.stream.options(num_returns="streaming").remote(method, *unit)
 
-    def _ready(self, call: Any, worker: int) -> tuple[list[Any], bool]:
+    def _ready(self, call: Any) -> tuple[list[Any], bool]:
         """The items of a call that are there, and whether more may follow."""
         if not isinstance(call, ray.ObjectRefGenerator):
-            return self._result(call, worker), False
+            return self._result(call), False
         reference = next(call, None)
-        return ([], False) if reference is None else ([self._result(reference, worker)], True)
+        return ([], False) if reference is None else ([self._result(reference)], True)
 
     def broadcast(self, method: str, *arguments: Any) -> list[Any]:
         """See `Executor.broadcast`; arguments are put into the object store once."""
         stored = [ray.put(argument) for argument in arguments]
-        calls = [actor.collect.remote(method, *stored) for actor in self._actors]
-        return [item for (item,) in self._gather(calls)]
+        if method in _LASTING:
+            for slot in self._slots:
+                if slot.left:  # it works for nobody, and all would wait for it
+                    ray.kill(slot.actor, no_restart=True)
+                    self._launch(slot)
+            # From here on a new worker does it too, and one that is just beginning after that.
+            self._story = [*(self._story if method != "load" else []), (method, stored)]
+            for slot in self._slots:
+                if slot.begun is not None:
+                    slot.begun = slot.actor.follow.remote(method, *stored)
+        while True:
+            self._need_workers()
+            slots = [slot for slot in self._slots if slot.ready]
+            calls = {slot.actor.collect.remote(method, *stored): slot for slot in slots}
+            items: dict[int, Any] = {}
+            until = time.monotonic() + self.rules.stall_s
+            while calls:
+                left_s = max(0.0, until - time.monotonic())
+                done, _ = ray.wait(list(calls), num_returns=1, timeout=left_s)
+                for call in done or list(calls):
+                    slot = calls.pop(call)
+                    if not done:
+                        why = f"gave nothing for {self.rules.stall_s:g} s and was stopped"
+                        self._bury(slot, f"{self._name(slot)} {why}")
+                        continue
+                    try:
+                        (items[slot.number],) = self._result(call)
+                    except RayError as error:
+                        self._bury(slot, error)
+            if items:  # in the order of the workers, so that sums are the same each time
+                return [items[number] for number in sorted(items)]
+            if method in _LASTING:
+                self._need_workers()  # new ones have done it before they were ready
+                return [None]
 
-    def _gather(self, calls: Sequence[Any]) -> list[Any]:
-        """One result from each worker, once all have finished."""
-        ray.wait(list(calls), num_returns=len(calls))
-        return [self._result(call, worker) for worker, call in enumerate(calls)]
+    def _result(self, reference: Any) -> Any:
+        """What a call gave, or the error that it raised as it was raised there.
 
-    def _result(self, reference: Any, worker: int) -> Any:
-        """What a call gave, or the error that it raised as it was raised there."""
+        Raises:
+            RayError: The worker has died.
+        """
         try:
             return ray.get(reference)
         except RayTaskError as error:
             cause = error.cause
             raise (cause if isinstance(cause, Exception) else MemeditError(str(error))) from error
-        except RayError as error:
-            raise MemeditError(self._obituary(worker, error)) from error
 
-    def _obituary(self, worker: int, error: RayError) -> str:
-        who = f"worker {worker + 1} of {self.n_workers}"
-        text = str(error)
+    def _name(self, slot: _Slot) -> str:
+        who = f"worker {slot.number + 1} of {self.n_workers}"
+        return f"{who} ({slot.seat})" if slot.seat else who
+
+    def _obituary(self, slot: _Slot, error: Exception) -> str:
+        who, text = self._name(slot), str(error)
         if "ModuleNotFoundError" in text or "ImportError" in text:
-            return f"{who} could not import memedit; install it on every machine: {_last(text)}"
-        if self.seats:
-            who += f" ({self.seats[worker]})"
+            return f"{who} could not import memedit; install it on every machine: {last_line(text)}"
         how = "was killed or crashed"
-        if isinstance(error, OutOfMemoryError) or "OOM" in text or "low on memory" in text:
+        if isinstance(error, OutOfMemoryError) or "low on memory" in text:
             how = "ran out of memory; ask for fewer workers"
-        return f"{who} died: it {how}; {_AGAIN}"
+        return f"{who} died: it {how}"
 
     def close(self) -> None:
         """End the actors, and the local Ray if one was started; again does nothing."""
-        actors, self._actors = self._actors, []
+        slots, self._slots = self._slots, []
         connected, self._connected = self._connected, False
         if ray.is_initialized():
-            for actor in actors:
-                ray.kill(actor, no_restart=True)
+            for slot in slots:
+                if slot.actor is not None:
+                    ray.kill(slot.actor, no_restart=True)
             if connected:
                 ray.shutdown()
-
-
-def _connect(address: str | None) -> bool:
-    """Start or reach a cluster unless this process has one; whether there is one to let go of."""
-    if ray.is_initialized():
-        return False
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    with _sigterm_kept():
-        if address is None:
-            try:
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    _node_ip_address="127.0.0.1",
-                    **quiet,
-                )
-            except Exception as error:  # Ray raises a bare Exception when it takes too long
-                raise MemeditError(
-                    f"no local Ray could be started ({_last(str(error))}); run the command again "
-                    "when the machine is less busy, or use the inline executor"
-                ) from error
-            return True
-        _reach(address)
-        try:
-            ray.init(address=address, **quiet)
-        except (OSError, RuntimeError, ValueError, RayError) as error:
-            raise _unreachable(address, _last(str(error))) from error
-    return True
-
-
-@contextmanager
-def _sigterm_kept() -> Iterator[None]:
-    """Ray puts its own handler of SIGTERM in place of that which the program has set."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if before is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
-
-
-def _reach(address: str) -> None:
-    """Check in seconds that something answers as Ray does; Ray itself tries for minutes."""
-    if address == "auto":
-        return
-    parts = urlsplit(address if "://" in address else f"//{address}")
-    try:
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host = port = None
-    if not host or not port:
-        raise InputError(
-            f"{address!r} is no address of Ray; write auto, HOST:PORT or ray://HOST:PORT",
-            field="address",
-        )
-    try:
-        socket.create_connection((host, port), timeout=_REACH_TIMEOUT_S).close()
-    except OSError as error:
-        raise _unreachable(address, str(error)) from error
-    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
-        return
-    import grpc  # type: ignore[import-untyped]
-
-    options = [("grpc.enable_http_proxy", 0)]
-    with grpc.insecure_channel(f"{host}:{port}", options=options) as channel:
-        try:
-            grpc.channel_ready_future(channel).result(timeout=_REACH_TIMEOUT_S)
-        except grpc.FutureTimeoutError as error:
-            raise _unreachable(address, "what answers there is not Ray") from error
-
-
-def _unreachable(address: str, why: str) -> InputError:
-    return InputError(
-        f"no Ray cluster was reached at {address} ({why}); check that it runs, that this port is "
-        "open, and that RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH holds its token; without an address "
-        "a local Ray is started",
-        field="address",
-    )
-
-
-def _machines(*, ours: bool) -> list[Machine]:
-    """What the living machines of the cluster hold in all."""
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    held = [node["Resources"] for node in nodes if node["Alive"]]
-    # A Ray of ours counts the machine's CPUs; a batch scheduler may have given us fewer.
-    most = len(os.sched_getaffinity(0)) if ours else float("inf")
-    return [
-        Machine(
-            cpus=min(resources.get("CPU", 0.0), most),
-            gpus=resources.get("GPU", 0.0),
-            memory_bytes=resources.get("memory", float("inf")),
-        )
-        for resources in held
-    ]
 
 
 def _memory_bytes(spec: ModelSpec) -> float:
     """Roughly what a worker takes: weights may double in another dtype, and work needs room."""
     sizes = spec.files.sizes()
     return 2.0 * sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
-
-
-def _last(text: str) -> str:
-    """The last line of an error, which says what is wrong."""
-    return text.strip().splitlines()[-1].strip() if text.strip() else "no reason given"

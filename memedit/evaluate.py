@@ -47,6 +47,13 @@ def evaluation_of(facts: Sequence[FactResult], measures: Mapping[str, float | No
     return Evaluation(metrics={key: metrics.get(key) for key in METRIC_KEYS}, facts=tuple(facts))
 
 
+def leave_out(evaluation: Evaluation, case_ids: Collection[str]) -> Evaluation:
+    """An evaluation without some of its facts; what was measured of the whole model stays."""
+    facts = [fact for fact in evaluation.facts if fact.case_id not in case_ids]
+    judged = summarise(facts).keys()
+    return evaluation_of(facts, {k: v for k, v in evaluation.metrics.items() if k not in judged})
+
+
 # ------------------------------------------------------------------------------------- the facts
 
 

@@ -6,12 +6,21 @@ in-process one here is the oracle that every other must equal. Knows no stage an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from memedit.errors import NumericalError
 from memedit.model import ModelSpec
 from memedit.worker import Worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """Stands for the items that are missing of a unit that was given up."""
+
+    reason: str
 
 
 class Executor(Protocol):
@@ -20,16 +29,35 @@ class Executor(Protocol):
     n_workers: int
 
     def map(
-        self, method: str, units: Sequence[tuple[Any, ...]], *, sticky: bool = False
+        self,
+        method: str,
+        units: Sequence[tuple[Any, ...]],
+        *,
+        sticky: bool = False,
+        copies: bool = False,
+        rest: Callable[[int], tuple[Any, ...] | None] | None = None,
+        give_up: bool = False,
     ) -> Iterator[tuple[int, Any]]:
         """Call `method(*unit)` for each unit on any worker; yields (index of the unit, item).
 
-        Items of one unit come in their order, units in any. With `sticky`, the unit of an index
-        goes to the same worker each time, which may therefore keep state for it.
+        Items of one unit come in their order, units in any. A unit whose worker has died is done
+        again, so that some of its items may come twice.
+
+        Args:
+            method: Of `memedit.worker.Worker`.
+            units: The arguments of each call.
+            sticky: The unit of an index goes to the same worker each time while that one lives,
+                which may therefore keep state for it.
+            copies: A unit that takes long may be done by two workers at the same time; its items
+                may come twice, too.
+            rest: Gives the arguments for what is still missing of a unit, or None if nothing is;
+                asked before each attempt, instead of taking `units`.
+            give_up: A unit that fails for good gives `Failed` and the others go on; otherwise the
+                error is raised.
         """
 
     def broadcast(self, method: str, *arguments: Any) -> list[Any]:
-        """Call `method` once on every worker; gives each worker's single item."""
+        """Call `method` once on every worker; gives the single item of each that lives."""
 
     def close(self) -> None:
         """Let go of the workers and their models."""
@@ -55,11 +83,28 @@ class InlineExecutor(Executor):
         self._worker: Worker | None = Worker(spec, threads=threads)
 
     def map(
-        self, method: str, units: Sequence[tuple[Any, ...]], *, sticky: bool = False
+        self,
+        method: str,
+        units: Sequence[tuple[Any, ...]],
+        *,
+        sticky: bool = False,
+        copies: bool = False,
+        rest: Callable[[int], tuple[Any, ...] | None] | None = None,
+        give_up: bool = False,
     ) -> Iterator[tuple[int, Any]]:
-        """See `Executor.map`; results come as they are made, unit by unit."""
+        """See `Executor.map`; results come as they are made, unit by unit, and none twice."""
         for index, unit in enumerate(units):
-            for item in getattr(self._worker, method)(*unit):
+            items = iter(getattr(self._worker, method)(*unit))
+            while True:
+                try:
+                    item = next(items)
+                except StopIteration:
+                    break
+                except NumericalError as error:
+                    if not give_up:
+                        raise
+                    yield index, Failed(reason=str(error))
+                    break
                 yield index, item
 
     def broadcast(self, method: str, *arguments: Any) -> list[Any]:

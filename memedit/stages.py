@@ -8,6 +8,7 @@ steps; does not know files.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 
 from memedit.config import EvaluationSettings, MomentSettings, TargetSettings
+from memedit.errors import NumericalError
 from memedit.evaluate import SIDE_EFFECTS, evaluation_of
-from memedit.executor import Executor
+from memedit.executor import Executor, Failed
 from memedit.memory import trim_memory
 from memedit.moments import SecondMoment, Spread
 from memedit.outcome import Evaluation, FactResult, MomentSummary
-from memedit.progress import Progress
+from memedit.progress import Progress, Silent
 from memedit.prompts import EncodedRequest
 from memedit.requests import EditRequest
 from memedit.side_effects import DriftReference
@@ -61,27 +63,52 @@ def collect_moments(
     ]
     progress.start("stats", total=sum(map(len, windows)), unit="tokens")
     spreads: dict[int, Spread] = {}
+    counted: list[int] = []
     step = _COUNTS_PER_ROUND if settings.tolerance > 0 else max(1, len(units))
     for start in range(0, len(units), step):
-        counted: dict[int, dict[int, Spread]] = {}
-        # Sticky, and merged by index: the same sums whenever the number of workers is the same.
-        round_of = executor.map("count", units[start : start + step], sticky=True)
-        for index, (tokens, parts) in round_of:
-            counted[index] = parts
-            progress.advance("stats", tokens)
-        for index in sorted(counted):
-            for layer, part in counted[index].items():
+        round_of = list(range(start, min(start + step, len(units))))
+        found = _count(executor, units, round_of, progress)
+        for index in round_of:
+            for layer, part in found[index].items():
                 spreads[layer] = spreads[layer].merge(part) if layer in spreads else part
+        counted += round_of
         error = max(spread.error for spread in spreads.values())
         progress.advance("stats", 0, error=error)
         if error < settings.tolerance:
             break
     moments: dict[int, SecondMoment] = {}
-    for part in executor.broadcast("take_moments"):
-        for layer, moment in part.items():
-            moments[layer] = moments[layer].merge(moment) if layer in moments else moment
+    missing = set(counted)
+    while True:
+        for indices, parts in executor.broadcast("take_moments"):
+            if not missing.issuperset(indices):
+                raise RuntimeError("some windows were counted twice")
+            missing -= set(indices)
+            for layer, moment in parts.items():
+                moments[layer] = moments[layer].merge(moment) if layer in moments else moment
+        if not missing:
+            break
+        # A worker has died, and with it what it had counted.
+        _count(executor, units, sorted(missing), Silent())
     progress.finish("stats")
     return moments
+
+
+def _count(
+    executor: Executor,
+    units: Sequence[tuple[Any, ...]],
+    indices: Sequence[int],
+    progress: Progress,
+) -> dict[int, dict[int, Spread]]:
+    """Let workers add some units to their sums; the spread of each by layer."""
+    counted: dict[int, dict[int, Spread]] = {}
+    # Sticky, and merged by index: the same sums whenever the number of workers is the same.
+    for _, (index, tokens, parts) in executor.map(
+        "count", [(index, *units[index]) for index in indices], sticky=True
+    ):
+        if index not in counted:
+            progress.advance("stats", tokens)
+        counted[index] = parts
+    return counted
 
 
 def _batches(windows: Sequence[Sequence[int]], tokens: int) -> list[list[Sequence[int]]]:
@@ -103,8 +130,11 @@ def find_targets(
     known: Mapping[str, Target],
     keep: Callable[[Target], None],
     progress: Progress,
-) -> list[Target]:
-    """The z vector of each request, in their order (MEMIT, Eq. 16).
+) -> tuple[list[Target], dict[str, str]]:
+    """The z vector of each request, in their order (MEMIT, Eq. 16), and which have none.
+
+    A fact that cannot be optimised, or whose worker dies each time, is found by halving the unit
+    that it is in, and left out with its reason (by case id); the others go on.
 
     Args:
         executor: Where the work is done.
@@ -119,16 +149,41 @@ def find_targets(
     found = {r.request.case_id: known[r.request.case_id] for r in requests if _id(r) in known}
     if found:
         progress.advance("targets", len(found), reused=len(found))
-    missing = [request for request in requests if _id(request) not in found]
-    units = [(unit, layer, settings) for unit in target_units(missing, settings)]
-    losses = 0.0
-    for done, (_, target) in enumerate(executor.map("targets", units), start=1):
-        found[target.case_id] = target
-        keep(target)
-        losses += target.losses[-1]
-        progress.advance("targets", 1, loss=losses / done)
+    units = target_units(_missing(requests, found), settings)
+    losses, done = 0.0, 0
+    quarantined: dict[str, str] = {}
+    while units:
+        given, units = units, []
+
+        def rest(unit: int, given: Sequence[Sequence[EncodedRequest]] = given) -> Any:
+            missing = _missing(given[unit], found)
+            return (missing, layer, settings) if missing else None
+
+        calls = [(unit, layer, settings) for unit in given]
+        for index, target in executor.map("targets", calls, copies=True, rest=rest, give_up=True):
+            if isinstance(target, Failed):
+                failed = _missing(given[index], found)
+                if len(failed) == 1:
+                    quarantined[_id(failed[0])] = target.reason
+                    progress.message(f"fact {_id(failed[0])} is left out: {target.reason}")
+                else:
+                    middle = len(failed) // 2
+                    units += [failed[:middle], failed[middle:]]
+            elif target.case_id not in found:
+                if not math.isfinite(target.losses[-1]) or not bool(target.z_O.isfinite().all()):
+                    raise NumericalError(f"the z vector of fact {target.case_id} is not finite")
+                found[target.case_id] = target
+                keep(target)
+                losses, done = losses + target.losses[-1], done + 1
+                progress.advance("targets", 1, loss=losses / done)
     progress.finish("targets")
-    return [found[_id(r)] for r in requests]
+    return [found[_id(r)] for r in requests if _id(r) in found], quarantined
+
+
+def _missing(
+    requests: Sequence[EncodedRequest], found: Mapping[str, Target]
+) -> list[EncodedRequest]:
+    return [request for request in requests if _id(request) not in found]
 
 
 def target_units(
@@ -204,6 +259,8 @@ def solve_layers(
         ]
         parts = dict(executor.map("keys", units, sticky=True))
         keys_NI = torch.cat([parts[i].keys_NI for i in range(len(units))]).double()
+        if not bool(keys_NI.isfinite().all()):
+            raise NumericalError(f"the keys of layer {layer} are not finite")
         current_NO = torch.cat([parts[i].current_NO for i in range(len(units))]).double()
         residuals_NO = z_NO - current_NO
         residual_norm = float(residuals_NO.norm(dim=1).mean())
@@ -246,9 +303,15 @@ def judge(
     size = _FACTS_PER_SCORE_UNIT
     units = [(requests[i : i + size], settings) for i in range(0, len(requests), size)]
     results: dict[str, FactResult] = {}
-    for _, result in executor.map("score", units):
+
+    def rest(unit: int) -> Any:
+        missing = [request for request in units[unit][0] if request.case_id not in results]
+        return (missing, settings) if missing else None
+
+    for _, result in executor.map("score", units, copies=True, rest=rest):
+        if result.case_id not in results:
+            progress.advance("evaluate", 1)
         results[result.case_id] = result
-        progress.advance("evaluate", 1)
     facts = tuple(results[request.case_id] for request in requests)
     progress.finish("evaluate")
 

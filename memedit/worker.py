@@ -45,11 +45,12 @@ class Worker:
         self.loaded = load_model(spec)
         release_memory()
         self._accumulator: MomentAccumulator | None = None
+        self._counted: list[int] = []
         self._passes: dict[int, KeyPass] = {}
 
     def load(self, spec: ModelSpec) -> Iterator[None]:
         """Let go of the model and of all state, and load another."""
-        self._accumulator, self._passes = None, {}
+        self._accumulator, self._counted, self._passes = None, [], {}
         vars(self).pop("loaded", None)  # a load that failed has let go of it already
         release_memory()
         self.loaded = load_model(spec)
@@ -70,20 +71,23 @@ class Worker:
         )
 
     def count(
-        self, windows: Sequence[Sequence[int]], layers: tuple[int, ...], count_0: bool
-    ) -> Iterator[tuple[int, dict[int, Spread]]]:
-        """Add a batch of windows to this worker's second moments; its tokens and spread."""
+        self, unit: int, windows: Sequence[Sequence[int]], layers: tuple[int, ...], count_0: bool
+    ) -> Iterator[tuple[int, int, dict[int, Spread]]]:
+        """Add a batch of windows to this worker's second moments; its unit, tokens and spread."""
         if self._accumulator is None:
             model, arch = self.loaded.model, self.loaded.arch
             self._accumulator = MomentAccumulator(model, arch, layers=layers, count_0=count_0)
-        yield sum(map(len, windows)), self._accumulator.add(windows)
+        spreads = self._accumulator.add(windows)
+        self._counted.append(unit)
+        yield unit, sum(map(len, windows)), spreads
 
-    def take_moments(self) -> Iterator[dict[int, SecondMoment]]:
-        """Hand over what was counted and forget it."""
+    def take_moments(self) -> Iterator[tuple[list[int], dict[int, SecondMoment]]]:
+        """Hand over what was counted, and which units that was, and forget it."""
         accumulator, self._accumulator = self._accumulator, None
+        counted, self._counted = self._counted, []
         moments = accumulator.moments if accumulator is not None else {}
         trim_memory()
-        yield {layer: replace(m, sum_II=m.sum_II.cpu()) for layer, m in moments.items()}
+        yield counted, {layer: replace(m, sum_II=m.sum_II.cpu()) for layer, m in moments.items()}
 
     def targets(
         self, requests: Sequence[EncodedRequest], layer: int, settings: TargetSettings

@@ -15,7 +15,7 @@ from cluster.publication import Publication
 from cluster.store import join
 from memedit.config import EditSettings
 from memedit.errors import GateError, InputError
-from memedit.evaluate import measurable
+from memedit.evaluate import leave_out, measurable
 from memedit.executor import Executor
 from memedit.manifest import (
     MANIFEST_NAME,
@@ -84,7 +84,7 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
         )
         given = load_stats(job.stats, base, settings, artifacts) if job.stats else None
 
-        with open_workers(job, base.spec()) as executor:
+        with open_workers(job, base.spec(), timed) as executor:
             _require_shared(executor, publication)
             executor.broadcast("probe", settings.layers)
             contexts = contexts_of(settings, base, executor)
@@ -111,7 +111,18 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
             )
             # A corpus may have been too small to hold text out.
             _check_measurable(job, {k for k, v in before.metrics.items() if v is not None})
-            targets = _targets(executor, encoded, contexts, base, settings, artifacts, timed)
+            targets, quarantined = _targets(
+                executor, encoded, contexts, base, settings, artifacts, timed
+            )
+            if quarantined:
+                for case_id, reason in quarantined.items():
+                    table = table.reject(case_id, reason)
+                if job.on_bad_row == "fail":
+                    table.require_no_rejects()
+                table.require_requests()
+                batch = table.batch
+                encoded = [e for e in encoded if e.request.case_id not in quarantined]
+                before = leave_out(before, quarantined)
             solved = solve_layers(
                 executor,
                 encoded,
@@ -195,8 +206,8 @@ def _targets(
     settings: EditSettings,
     artifacts: Artifacts,
     progress: Progress,
-) -> list[Target]:
-    """Z vectors, those kept from earlier runs first; new ones are kept as they are found."""
+) -> tuple[list[Target], dict[str, str]]:
+    """Z vectors, kept by earlier runs or found and kept now; and which facts have none."""
     digests = {
         e.request.case_id: target_digest(
             e.request,

@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from cluster.dispatch import Rules
 from cluster.executors import open_executor
 from memedit.architecture import Architecture, architecture_of
 from memedit.checkpoint import Checkpoint
@@ -135,14 +136,16 @@ def settings_of(job: WorkJob, base: Base, n_facts: int, progress: Progress) -> E
     )
 
 
-def open_workers(job: WorkJob, spec: ModelSpec) -> Executor:
-    """Start the workers that the job asks for."""
+def open_workers(job: WorkJob, spec: ModelSpec, progress: Progress) -> Executor:
+    """Start the workers that the job asks for; what goes wrong and is mended is told."""
     return open_executor(
         job.executor,
         spec,
         address=job.address,
         workers=job.workers,
         gpus_per_worker=job.gpus_per_worker,
+        rules=Rules(attempts=job.attempts, stall_s=job.stall_timeout_s),
+        tell=progress.message,
     )
 
 

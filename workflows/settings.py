@@ -149,6 +149,20 @@ class WorkJob(ModelJob):
     gpus_per_worker: float = option(
         0.0, "GPUs that each Ray actor asks for.", group="Machine", metavar="N", at_least=0
     )
+    attempts: int = option(
+        3,
+        "How often work is tried whose Ray worker dies; then its fact is a bad row.",
+        group="Machine",
+        metavar="N",
+        at_least=1,
+    )
+    stall_timeout_s: float = option(
+        1800.0,
+        "Seconds without any result after which a Ray worker counts as hung and is replaced.",
+        group="Machine",
+        metavar="S",
+        at_least=1,
+    )
     moments: Mapping[str, Any] = section("moments")
 
     def section_overrides(self) -> dict[str, dict[str, Any]]:

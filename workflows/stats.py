@@ -42,7 +42,7 @@ def run_stats(job: StatsJob, progress: Progress) -> Mapping[str, Any]:
         )
         # Sampling needs the whole model; counting only the blocks below.
         until = None if source.corpus.kind == "self" else settings.layers[-1]
-        with open_workers(job, base.spec(until_layer=until)) as executor:
+        with open_workers(job, base.spec(until_layer=until), timed) as executor:
             timed.finish("load")
             moments = moments_for(
                 source,

@@ -18,14 +18,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cluster.dispatch import Rules
 from cluster.executors import open_executor, prepare_ray
 from cluster.placement import Placement
 from memedit.errors import InputError, MemeditError, NumericalError
-from memedit.executor import InlineExecutor
+from memedit.executor import Failed, InlineExecutor
 from memedit.files import LocalFiles
 from memedit.model import ModelSpec
+from memedit.solve import Update
 from tests.cluster.processes import comes_true
-from tests.tiny import save_tiny
+from tests.tiny import HIDDEN, INNER, save_tiny
 
 if TYPE_CHECKING:
     from cluster.ray_executor import RayExecutor
@@ -95,6 +97,11 @@ def fresh(executor: RayExecutor, model: Path) -> RayExecutor:
     return executor
 
 
+def windows(count: int) -> list[tuple[int, list[list[int]], tuple[int, ...], bool]]:
+    """So many units for `count`."""
+    return [(unit, [WINDOW], (1,), True) for unit in range(count)]
+
+
 def _runs(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
@@ -114,8 +121,8 @@ def test_units_give_what_they_give_inline(fresh: RayExecutor, model: Path) -> No
 
 
 def test_all_workers_take_part(fresh: RayExecutor) -> None:
-    list(fresh.map("count", [([WINDOW], (1,), True)] * 20))
-    counted = [moments[1].tokens for moments in fresh.broadcast("take_moments")]
+    list(fresh.map("count", windows(20)))
+    counted = [moments[1].tokens for _, moments in fresh.broadcast("take_moments")]
     assert sum(counted) == 20 * len(WINDOW)
     assert len(counted) == 2
     assert all(counted)
@@ -124,12 +131,13 @@ def test_all_workers_take_part(fresh: RayExecutor) -> None:
 def test_sticky_units_return_to_their_worker(fresh: RayExecutor) -> None:
     # Powers of two as token counts: the sum at a worker says which units it had.
     sizes = [2, 4, 8, 16, 32, 64]
-    units = [([[5] * size], (1,), True) for size in sizes]
+    units = [(10 + i, [[5] * size], (1,), True) for i, size in enumerate(sizes)]
     for _ in range(2):
         given = dict(fresh.map("count", units, sticky=True))
-        assert [given[unit][0] for unit in range(len(units))] == sizes
+        assert [given[unit][:2] for unit in range(len(units))] == list(enumerate(sizes, 10))
         parts = fresh.broadcast("take_moments")
-        assert [part[1].tokens for part in parts] == [2 + 8 + 32, 4 + 16 + 64]
+        assert [indices for indices, _ in parts] == [[10, 12, 14], [11, 13, 15]]
+        assert [part[1].tokens for _, part in parts] == [2 + 8 + 32, 4 + 16 + 64]
 
 
 def test_the_pools_of_a_worker_are_as_small_as_its_share(executor: RayExecutor) -> None:
@@ -150,14 +158,14 @@ def test_an_error_arrives_as_it_was_raised(
     assert type(no_model.value) is InputError
     fresh.broadcast("load", ModelSpec(files=LocalFiles(broken_model)))
     with pytest.raises(NumericalError, match="layer 1 are not finite") as not_finite:
-        list(fresh.map("count", [([WINDOW], (1,), True)]))
+        list(fresh.map("count", windows(1)))
     assert type(not_finite.value) is NumericalError
     with pytest.raises(AttributeError, match="no_such_method") as mistake:
         fresh.broadcast("no_such_method")
     assert type(mistake.value) is AttributeError
     # None of this has hurt the workers.
     fresh.broadcast("load", ModelSpec(files=LocalFiles(model)))
-    assert len(list(fresh.map("count", [([WINDOW], (1,), True)] * 3))) == 3
+    assert len(list(fresh.map("count", windows(3)))) == 3
 
 
 @pytest.mark.parametrize(
@@ -206,19 +214,107 @@ def test_the_device_of_a_worker(
     assert caught.value.field == "device"
 
 
-def test_a_killed_worker_is_reported(ray_cluster: Any, model: Path) -> None:
+def test_a_killed_worker_is_replaced_by_one_in_the_same_state(
+    ray_cluster: Any, model: Path
+) -> None:
     spec = ModelSpec(files=LocalFiles(model))  # on the CPU, though it has a GPU
-    opened: Any = open_executor("ray", spec, workers=1, threads=1, gpus_per_worker=1)
-    with opened as executor, pytest.raises(MemeditError) as caught:
-        for done, _ in enumerate(executor.map("count", [([WINDOW], (1,), True)] * 1000)):
+    told: list[str] = []
+    opened: Any = open_executor(
+        "ray", spec, workers=1, threads=1, gpus_per_worker=1, tell=told.append
+    )
+    update = Update(layer=1, left_NO=torch.ones(1, HIDDEN), right_NI=torch.ones(1, INNER))
+    with opened as executor:
+        before = list(executor.map("sample", [(2, 12, 0)]))
+        executor.broadcast("load", spec)
+        executor.broadcast("apply", update, torch.float32)
+        edited = list(executor.map("sample", [(2, 12, 0)]))
+        assert edited != before
+        first = executor.seats[0]
+        done = 0
+        for _, (unit, tokens, _) in executor.map("count", windows(400)):
+            assert tokens == len(WINDOW) and 0 <= unit < 400
+            done += 1
             if done == 3:
-                os.kill(executor.seats[0].pid, signal.SIGKILL)
-    assert type(caught.value) is MemeditError
-    assert caught.value.exit_code == 1
-    message = str(caught.value)
-    assert f"worker 1 of 1 (process {executor.seats[0].pid} on 127.0.0.1) died" in message
-    assert "run the same command again" in message
-    assert "\n" not in message
+                os.kill(first.pid, signal.SIGKILL)
+        assert done >= 400
+        assert executor.seats[0].pid != first.pid
+        assert list(executor.map("sample", [(2, 12, 0)])) == edited
+        # What the first had counted went with it, and nobody says that it is there.
+        ((indices, moments),) = executor.broadcast("take_moments")
+        assert len(indices) == len(set(indices)) < 400
+        assert moments[1].tokens == len(WINDOW) * len(indices)
+        executor.broadcast("load", spec)
+        assert list(executor.map("sample", [(2, 12, 0)])) == before
+        os.kill(executor.seats[0].pid, signal.SIGKILL)  # while it has nothing to do
+        assert list(executor.map("sample", [(2, 12, 0)])) == before
+        os.kill(executor.seats[0].pid, signal.SIGKILL)
+        assert executor.broadcast("sees", spec.files, "config.json") == [True]
+    assert len(told) == 3
+    assert f"worker 1 of 1 (process {first.pid} on 127.0.0.1) died: it was killed" in told[0]
+
+
+def test_work_that_kills_each_worker_is_given_up(
+    ray_cluster: Any, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ModelSpec(files=LocalFiles(model))
+    rules = Rules(wait_s=0.1)
+    units: list[Any] = [(unit, [WINDOW], (1,), True) for unit in range(20)]
+    units[7] = (7, Deadly(), (1,), True)
+    opened: Any = open_executor("ray", spec, workers=2, threads=1, rules=rules)
+    with opened as executor:
+        found = list(executor.map("count", units, give_up=True))
+        failed = {index: item for index, item in found if isinstance(item, Failed)}
+        assert failed.keys() == {7} and "attempt 3" in failed[7].reason
+        assert {index for index, _ in found} == set(range(20))
+        with pytest.raises(MemeditError, match="was killed or crashed; that was attempt 3"):
+            list(executor.map("count", units))
+
+
+class Deadly:
+    """Windows that no process survives."""
+
+    def __reduce__(self) -> Any:
+        return (os._exit, (1,))
+
+
+def test_a_worker_that_hangs_is_replaced(ray_cluster: Any, model: Path) -> None:
+    spec = ModelSpec(files=LocalFiles(model))
+    told: list[str] = []
+    rules = Rules(stall_s=6.0, wait_s=0.1)
+    opened: Any = open_executor("ray", spec, workers=2, threads=1, rules=rules, tell=told.append)
+    with opened as executor:
+        found: dict[int, Any] = {}
+        for done, (index, item) in enumerate(
+            executor.map("sample", [(1, 20, i) for i in range(60)])
+        ):
+            found[index] = item
+            if done == 3:
+                first = executor.seats[0]
+                os.kill(first.pid, signal.SIGSTOP)
+        assert found.keys() == set(range(60))
+        assert executor.seats[0].pid != first.pid
+    assert len(told) == 1 and "gave nothing for 6 s and was stopped" in told[0]
+
+
+def test_a_long_unit_is_done_by_another_worker_too(ray_cluster: Any, model: Path) -> None:
+    spec = ModelSpec(files=LocalFiles(model))
+    opened: Any = open_executor("ray", spec, workers=2, threads=1)
+    with opened as executor:
+        found: dict[int, Any] = {}
+        stopped = None
+        calls = executor.map("sample", [(1, 20, i) for i in range(40)], copies=True)
+        for done, (index, item) in enumerate(calls):
+            found[index] = item
+            if done == 20:
+                stopped = executor.seats[0]
+                os.kill(stopped.pid, signal.SIGSTOP)
+        assert found.keys() == set(range(40)) and stopped is not None
+        assert stopped in executor.seats  # it is not waited for, and not lost
+        expected = dict(executor.map("sample", [(1, 20, i) for i in range(40)]))
+        assert found == expected
+        # What changes the model does not wait for it either.
+        executor.broadcast("load", spec)
+        assert stopped not in executor.seats
 
 
 DRIVER = """
@@ -238,13 +334,13 @@ with open_executor("ray", spec, address=sys.argv[2], workers=1, threads=1) as ex
     try:
         print(executor.seats[0].pid, flush=True)
         while True:
-            list(executor.map("count", [([[5] * 200], (1,), True)] * 50))
+            list(executor.map("count", [(0, [[5] * 200], (1,), True)] * 50))
     except KeyboardInterrupt:
         pass
     try:
         print("once", flush=True)  # inside, for the next signal may come as soon as it is read
         while True:
-            list(executor.map("count", [([[5] * 200], (1,), True)] * 50))
+            list(executor.map("count", [(0, [[5] * 200], (1,), True)] * 50))
     except KeyboardInterrupt:
         pass
 print("twice", flush=True)

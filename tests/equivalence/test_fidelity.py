@@ -50,7 +50,7 @@ def test_z_statistics_and_updates_equal_the_plain_ones(
     model, tokenizer = plain.model, plain.tokenizer
     settings = TargetSettings(steps=6, lr=0.5, tokens_per_batch=60)  # so that the batch is refilled
     encoded = [encode_request(tokenizer, request, CONTEXTS) for request in requests]
-    targets = find_targets(
+    targets, _ = find_targets(
         executor,
         encoded,
         layer=LAYERS[-1],

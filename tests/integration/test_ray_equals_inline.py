@@ -137,7 +137,7 @@ def moments_of(executor: Executor, *, tolerance: float = 0.0) -> dict[int, Secon
 
 
 def targets_of(executor: Executor, encoded: list[EncodedRequest]) -> list[Target]:
-    return stages.find_targets(
+    targets, quarantined = stages.find_targets(
         executor,
         encoded,
         layer=LAYERS[-1],
@@ -146,6 +146,8 @@ def targets_of(executor: Executor, encoded: list[EncodedRequest]) -> list[Target
         keep=lambda target: None,
         progress=Silent(),
     )
+    assert not quarantined
+    return targets
 
 
 def solved_by(

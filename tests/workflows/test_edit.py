@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memedit.checkpoint import Checkpoint
+from memedit.errors import NumericalError
 from memedit.manifest import read_manifest
 from memedit.outcome import METRIC_KEYS, STAGES
 from memedit.worker import Worker
@@ -84,9 +85,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         calls.targets += [request.request.subject for request in requests]
         yield from targets(worker, requests, *rest)
 
-    def counting_count(worker: Worker, windows: Sequence[Any], *rest: Any) -> Iterator[Any]:
+    def counting_count(
+        worker: Worker, unit: int, windows: Sequence[Any], *rest: Any
+    ) -> Iterator[Any]:
         calls.counted += len(windows)
-        yield from count(worker, windows, *rest)
+        yield from count(worker, unit, windows, *rest)
 
     monkeypatch.setattr(Worker, "targets", counting_targets)
     monkeypatch.setattr(Worker, "count", counting_count)
@@ -391,3 +394,41 @@ def test_bad_rows_can_be_skipped(first: First, calls: Calls, tmp_path: Path) -> 
     assert memedit("verify", out).code == 0
     # The rows that are left are those of the first run.
     assert shards(out) == shards(first.out)
+
+
+# --- A fact that cannot be optimised ------------------------------------------------------------
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work that has Toyota in it fails, whatever else is in it."""
+    targets = Worker.targets
+
+    def failing(worker: Worker, requests: Sequence[Any], *rest: Any) -> Iterator[Any]:
+        if any(request.request.subject == "Toyota" for request in requests):
+            raise NumericalError("the loss of Toyota is not finite")
+        yield from targets(worker, requests, *rest)
+
+    monkeypatch.setattr(Worker, "targets", failing)
+
+
+@pytest.mark.usefixtures("plain", "poisoned")
+def test_a_fact_that_cannot_be_optimised_is_a_bad_row(first: First, tmp_path: Path) -> None:
+    base, facts = first.base, first.facts
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    ran = edit(base, facts, out, cache)
+    assert ran.code == 2 and not out.exists()
+    assert ran.error["row"] == 3 and "not finite" in ran.error["message"]
+    assert len(list((cache / "targets").rglob("*.safetensors"))) == 2  # the others' are kept
+    ran = edit(base, facts, out, cache, "--on-bad-row", "skip")
+    assert ran.result["facts"] | {"rejects": ""} == {
+        "read": 3, "accepted": 2, "rejected": 1, "rejects": "", "duplicates": 0
+    }  # fmt: skip
+    (reject,) = map(json.loads, (out / "rejects.jsonl").read_text().splitlines())
+    assert reject["row"] == 3 and reject["reason"] == "the loss of Toyota is not finite"
+    manifest = read_manifest(out)
+    assert manifest.facts.count == 2 and "Toyota" not in (out / "facts.jsonl").read_text()
+    # Before and after are of the same facts.
+    before, after = manifest.metrics["before"], manifest.metrics["after"]
+    assert after["efficacy"] is not None and before["efficacy"] in (0.0, 50.0, 100.0)
+    assert "is left out" in ran.stderr
