@@ -19,7 +19,10 @@ from memedit.architecture import Architecture
 from memedit.prompts import EncodedRequest
 from memedit.segments import Rows, device_of, run_to_block, run_to_rewrite
 
-_TOKENS_PER_CHUNK_CPU, _TOKENS_PER_CHUNK_GPU = 1024, 16384
+
+def default_tokens_per_chunk(device: torch.device) -> int:
+    """Positions run at once; a GPU wants many."""
+    return 1024 if device.type == "cpu" else 16384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +61,11 @@ class KeyPass:
         requests: Sequence[EncodedRequest],
         *,
         last_layer: int,
+        tokens_per_chunk: int | None = None,
     ) -> None:
         self.model, self.arch, self.last_layer = model, arch, last_layer
         self.device = device_of(model)
+        self.tokens_per_chunk = tokens_per_chunk or default_tokens_per_chunk(self.device)
         self.edits, self.contexts = len(requests), len(requests[0].contexts)
         # Only what is up to the subject matters to a causal model. Bare prompts are apart: h^L is
         # read on them alone.
@@ -71,9 +76,8 @@ class KeyPass:
         self.entry = 0
 
     def _chunks(self, texts: Sequence[Sequence[int]]) -> list[_Chunk]:
-        on_cpu = self.device.type == "cpu"
-        most = _TOKENS_PER_CHUNK_CPU if on_cpu else _TOKENS_PER_CHUNK_GPU
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        most = self.tokens_per_chunk
         chunks: list[_Chunk] = []
         while order:
             # Ascending lengths: the last one taken decides the width.

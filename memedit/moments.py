@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from memedit.architecture import Architecture
 from memedit.errors import InputError, NumericalError
+from memedit.memory import release_memory
 from memedit.outcome import MomentSummary
 from memedit.segments import Rows, device_of, run_to_rewrite
 from memedit.writing import whole_file
@@ -174,7 +175,17 @@ class MomentAccumulator:
             NumericalError: The keys are not finite.
         """
         rows = Rows.of(windows, device=self.device)
-        keys = run_to_rewrite(self.model, self.arch, rows, layers=self.layers)
+        keys: dict[int, Tensor] | None = None
+        try:
+            keys = run_to_rewrite(self.model, self.arch, rows, layers=self.layers)
+        except torch.OutOfMemoryError:  # nothing has been counted yet
+            if len(windows) == 1:
+                raise
+        if keys is None:
+            release_memory()
+            half = len(windows) // 2
+            first, second = self.add(windows[:half]), self.add(windows[half:])
+            return {layer: first[layer].merge(second[layer]) for layer in self.layers}
         positions = torch.arange(rows.input_ids_BT.shape[1], device=self.device)
         real_BT = positions < rows.lengths_B[:, None]
         spreads = {}

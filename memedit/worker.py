@@ -17,7 +17,7 @@ from memedit.config import EvaluationSettings, TargetSettings
 from memedit.errors import NumericalError
 from memedit.evaluate import SideEffect, measure_side_effects, score_facts
 from memedit.files import Files
-from memedit.keys import KeyPass, Keys
+from memedit.keys import KeyPass, Keys, default_tokens_per_chunk
 from memedit.memory import release_memory, trim_memory
 from memedit.model import LoadedModel, ModelSpec, load_model
 from memedit.moments import MomentAccumulator, SecondMoment, Spread
@@ -28,7 +28,25 @@ from memedit.requests import EditRequest
 from memedit.sampling import sample_contexts, sample_windows
 from memedit.side_effects import DriftReference
 from memedit.solve import Update
-from memedit.targets import Target, optimise_targets
+from memedit.targets import Target, default_tokens_per_batch, optimise_targets
+
+
+class Room:
+    """How much is done at once, halved where the device had no memory for more."""
+
+    def __init__(self) -> None:
+        self._shares: dict[str, int] = {}
+
+    def of(self, work: str, whole: int) -> int:
+        """What fits of `whole`."""
+        return max(1, whole // self._shares.get(work, 1))
+
+    def halve(self, work: str, whole: int) -> bool:
+        """Take half as much from now on; False if there is nothing left to halve."""
+        if self.of(work, whole) == 1:
+            return False
+        self._shares[work] = 2 * self._shares.get(work, 1)
+        return True
 
 
 class Worker:
@@ -47,6 +65,7 @@ class Worker:
         self._accumulator: MomentAccumulator | None = None
         self._counted: list[int] = []
         self._passes: dict[int, KeyPass] = {}
+        self._room = Room()
 
     def load(self, spec: ModelSpec) -> Iterator[None]:
         """Let go of the model and of all state, and load another."""
@@ -92,19 +111,49 @@ class Worker:
     def targets(
         self, requests: Sequence[EncodedRequest], layer: int, settings: TargetSettings
     ) -> Iterator[Target]:
-        """Optimise the z vectors of some facts."""
+        """Optimise the z vectors of some facts, in smaller batches where the GPU has no room."""
         model, arch = self.loaded.model, self.loaded.arch
-        yield from optimise_targets(model, arch, requests, layer=layer, settings=settings)
+        budget = settings.tokens_per_batch or default_tokens_per_batch(model.device)
+        missing = {request.request.case_id: request for request in requests}
+        while True:
+            fitting = replace(settings, tokens_per_batch=self._room.of("targets", budget))
+            facts = list(missing.values())
+            try:
+                for target in optimise_targets(model, arch, facts, layer=layer, settings=fitting):
+                    del missing[target.case_id]
+                    yield target
+            except torch.OutOfMemoryError:
+                if not self._room.halve("targets", budget):
+                    raise
+            else:
+                break
+            release_memory()  # not before: the error holds on to what was being computed
         trim_memory()
 
     def keys(
         self, unit: int, requests: Sequence[EncodedRequest], layer: int, last_layer: int
     ) -> Iterator[Keys]:
         """Keys and current values of a unit of facts; layers must be asked for in order."""
-        if unit not in self._passes or self._passes[unit].entry > layer:
-            model, arch = self.loaded.model, self.loaded.arch
-            self._passes[unit] = KeyPass(model, arch, requests, last_layer=last_layer)
-        keys = self._passes[unit].at(layer)
+        model, arch = self.loaded.model, self.loaded.arch
+        budget = default_tokens_per_chunk(model.device)
+        keys: Keys | None = None
+        while keys is None:
+            if unit not in self._passes or self._passes[unit].entry > layer:
+                self._passes[unit] = KeyPass(
+                    model,
+                    arch,
+                    requests,
+                    last_layer=last_layer,
+                    tokens_per_chunk=self._room.of("keys", budget),
+                )
+            try:
+                keys = self._passes[unit].at(layer)
+            except torch.OutOfMemoryError:
+                del self._passes[unit]  # it may have come half way
+                if not self._room.halve("keys", budget):
+                    raise
+            if keys is None:
+                release_memory()
         trim_memory()
         yield keys
 
@@ -118,9 +167,23 @@ class Worker:
     ) -> Iterator[FactResult]:
         """Judge some facts."""
         loaded = self.loaded
-        yield from score_facts(
-            loaded.model, loaded.tokenizer, loaded.known_arch, requests, settings=settings
-        )
+        results: tuple[FactResult, ...] | None = None
+        while results is None:
+            facts = self._room.of("score", settings.facts_per_portion)
+            try:
+                results = score_facts(
+                    loaded.model,
+                    loaded.tokenizer,
+                    loaded.known_arch,
+                    requests,
+                    settings=replace(settings, facts_per_portion=facts),
+                )
+            except torch.OutOfMemoryError:
+                if not self._room.halve("score", settings.facts_per_portion):
+                    raise
+            if results is None:
+                release_memory()
+        yield from results
 
     def damage(
         self,
