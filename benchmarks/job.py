@@ -25,6 +25,15 @@ class JobResult:
     peak_bytes: int
 
 
+def edit_words(*, model: str, facts: Path, corpus: Path, out: Path) -> list[str]:
+    """The command line of the main job; the model is the one that the usual cache has."""
+    from workflows.models import resolve_model
+
+    folder = resolve_model(model).files.here
+    words = [sys.executable, "-m", "workflows.cli", "edit", "--model", str(folder)]
+    return [*words, "--facts", str(facts), "--corpus", str(corpus), "--out", str(out), "--json"]
+
+
 def run_edit(
     *, model: str, facts: Path, corpus: Path, out: Path, cold: bool = True, more: Sequence[str] = ()
 ) -> JobResult:
@@ -36,11 +45,7 @@ def run_edit(
     Raises:
         subprocess.CalledProcessError: The job failed; its messages went to stderr.
     """
-    from workflows.models import resolve_model
-
-    folder = resolve_model(model).files.here
-    words = [sys.executable, "-m", "workflows.cli", "edit", "--model", str(folder)]
-    words += ["--facts", str(facts), "--corpus", str(corpus), "--out", str(out), "--json"]
+    words = edit_words(model=model, facts=facts, corpus=corpus, out=out)
     with tempfile.TemporaryDirectory() as cache:
         words += ["--cache", cache] if cold else []
         words += more

@@ -21,13 +21,13 @@ from memedit.config import MomentSettings, TargetSettings
 from memedit.defaults import defaults_for
 from memedit.errors import InputError
 from memedit.evaluate import score_facts, summarise
-from memedit.executor import InlineExecutor
+from memedit.executor import Executor, InlineExecutor
 from memedit.model import LoadedModel, ModelSpec
 from memedit.moments import SecondMoment, windows_of
 from memedit.progress import Silent
 from memedit.prompts import BARE, FIXED_CONTEXTS, EncodedRequest, encode_request
 from memedit.requests import EditRequest
-from memedit.solve import solve_memit
+from memedit.solve import METHODS
 from memedit.stages import solve_layers
 from memedit.targets import Target
 from workflows.corpora import open_corpus
@@ -171,16 +171,30 @@ def solve(
     settings: RunSettings,
 ) -> dict[int, Tensor]:
     """Edit the executor's model with memedit's keys and solver; Δ [O, I] of each layer."""
+    scale = executor.loaded.arch.residual_scale
+    return solve_on(executor, encoded, targets, moments, settings, residual_scale=scale)
+
+
+def solve_on(
+    executor: Executor,
+    encoded: Sequence[EncodedRequest],
+    targets: Sequence[Target],
+    moments: Mapping[int, SecondMoment],
+    settings: RunSettings,
+    *,
+    residual_scale: float,
+) -> dict[int, Tensor]:
+    """See `solve`; on workers whose models are out of reach."""
     solved = solve_layers(
         executor,
         encoded,
         targets,
         moments=moments,
         layers=settings.layers,
-        method=solve_memit,
+        method=METHODS["memit"],
         lam=settings.lam,
         ridge=settings.ridge,
-        residual_scale=executor.loaded.arch.residual_scale,
+        residual_scale=residual_scale,
         stored=dict.fromkeys(settings.layers, torch.float32),
         device=torch.device("cpu"),
         progress=Silent(),

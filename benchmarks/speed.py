@@ -47,7 +47,7 @@ from benchmarks.material import (
 from benchmarks.operations import moment_operations, target_operations
 from benchmarks.record import append_row, save_json
 from benchmarks.speed_table import STAGES, cells, show
-from memedit import stages
+from memedit import collect, stages
 from memedit.config import MomentSettings
 from memedit.model import LoadedModel, load_model
 from memedit.moments import SecondMoment
@@ -60,7 +60,7 @@ from workflows.models import resolve_model
 
 T = TypeVar("T")
 # Slices are whole units of memedit's own work, so that taking turns costs it nothing.
-TOKENS_PER_UNIT = stages._TOKENS_PER_COUNT
+TOKENS_PER_UNIT = collect._TOKENS_PER_COUNT
 
 
 @dataclass(kw_only=True)
@@ -167,15 +167,15 @@ def collect_statistics(
 def _add_moments(executor: OpenExecutor, side: Side, windows: Sequence[list[int]]) -> None:
     if not windows:
         return
-    found = stages.collect_moments(
+    found = collect.collect_moments(
         executor,
         windows,
         layers=side.settings.layers,
         settings=side.settings.moments,
         progress=Silent(),
     )
-    for layer, moment in found.items():
-        known = side.moments.get(layer)
+    for moment in found:
+        layer, known = moment.layer, side.moments.get(moment.layer)
         side.moments[layer] = moment if known is None else known.merge(moment)
 
 

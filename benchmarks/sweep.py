@@ -37,6 +37,7 @@ from benchmarks.material import (
 )
 from benchmarks.record import append_row, save_json
 from memedit import stages
+from memedit.collect import collect_moments
 from memedit.config import MomentSettings, TargetSettings, digest_of
 from memedit.progress import Silent
 from memedit.prompts import BARE, FIXED_CONTEXTS, EncodedRequest
@@ -112,13 +113,14 @@ def main() -> None:
     loaded = executor.loaded
     counting = MomentSettings(tokens=args.tokens, tolerance=0.0)
     layer_sets = [_layers(text) for text in args.layers]
-    moments = stages.collect_moments(
+    counted = collect_moments(
         executor,
         corpus_windows(loaded, args.corpus, counting),
         layers=tuple(sorted({n for layers in layer_sets for n in layers})),
         settings=counting,
         progress=Silent(),
     )
+    moments = {moment.layer: moment for moment in counted}
     rows: list[dict[str, object]] = []
     best: tuple[float, dict[str, object]] = (-1.0, {})
     for contexts, steps, lr, decay, clamp in itertools.product(

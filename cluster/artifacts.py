@@ -7,18 +7,22 @@ local folder; does not know how its content is made.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from memedit.collect import Kept
 from memedit.config import MomentSettings, TargetSettings, digest_of
 from memedit.errors import InputError
 from memedit.files import File
@@ -31,6 +35,7 @@ from memedit.writing import whole_file, writing
 _MOMENTS_VERSION = 2
 _TARGETS_VERSION = 1
 
+_UNITS_NAME = "units.json"
 _STALE_S = 86_400
 """What a killed run has left is removed after a day; nothing takes so long to write."""
 
@@ -172,6 +177,74 @@ class Artifacts:
 
     def _path(self, kind: str, digest: str) -> Path:
         return self.folder / kind / digest[:2] / f"{digest}.safetensors"
+
+
+class KeptMoments(Kept):
+    """Second moments that are being counted, in the folder of `artifacts`.
+
+    A small file names the units and is written last; it is what makes the others count.
+
+    Args:
+        artifacts: The folder.
+        digest: Identity of the collection: settings, layers, and the windows themselves.
+    """
+
+    def __init__(self, artifacts: Artifacts, digest: str) -> None:
+        self.folder = artifacts.folder / "moments" / "unfinished" / digest
+
+    def load(self) -> tuple[frozenset[int], Mapping[int, SecondMoment]]:
+        """See `Kept`; what is damaged counts as not kept."""
+        try:
+            found = json.loads((self.folder / _UNITS_NAME).read_bytes())
+            paths = {int(layer): self.folder / name for layer, name in found["layers"]}
+            for path in paths.values():
+                check_moment(path)
+            return frozenset(found["units"]), _MomentFiles(paths)
+        except (OSError, ValueError, KeyError, TypeError, InputError):
+            return frozenset(), {}
+
+    def save(self, units: Iterable[int], moments: Iterable[SecondMoment]) -> None:
+        """See `Kept`."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        turn, names = secrets.token_hex(4), {}
+        for moment in moments:
+            names[moment.layer] = f"{turn}-{moment.layer}.safetensors"
+            save_moment(self.folder / names[moment.layer], moment, metadata={})
+        content = {"units": sorted(units), "layers": list(names.items())}
+        with whole_file(self.folder / _UNITS_NAME) as partial:
+            partial.write_text(json.dumps(content))
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in names.values():
+                path.unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """See `Kept`."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _MomentFiles(Mapping[int, SecondMoment]):
+    """Second moments by layer, read when they are asked for."""
+
+    paths: Mapping[int, Path]
+
+    def __getitem__(self, layer: int) -> SecondMoment:
+        return load_moment(self.paths[layer])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def windows_digest(windows: Sequence[Sequence[int]]) -> str:
+    """Identity of windows of token ids, in their order."""
+    sha256 = hashlib.sha256()
+    for window in windows:
+        sha256.update(array("q", [len(window), *window]).tobytes())
+    return sha256.hexdigest()
 
 
 @contextmanager

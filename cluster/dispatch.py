@@ -9,9 +9,13 @@ and so does the simulation of large clusters in `benchmarks/`.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from dataclasses import dataclass
 from statistics import median
+
+_SEARCH_S = 0.1
+"""How long no straggler is looked for after none was found."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,7 @@ class Dispatch:
         self._left = units
         self._attempts: dict[int, int] = {}
         self._durations: deque[float] = deque(maxlen=99)
+        self._searched = -math.inf
         self.retried = 0
         """Attempts after a failure."""
         self.copied = 0
@@ -134,6 +139,9 @@ class Dispatch:
         """What runs at one worker alone and has run long, the longest first."""
         if not self.copies or self._queued or self._waiting or not self._durations:
             return None
+        if now - self._searched < _SEARCH_S:  # looks at every worker, and all would ask
+            return None
+        self._searched = now
         least = self.rules.straggler * median(self._durations)
         running: dict[int, list[float]] = {}
         for state in self._workers.values():
@@ -147,6 +155,7 @@ class Dispatch:
         if not alone:
             return None
         self.copied += 1
+        self._searched = -math.inf  # there may be another
         return min(alone)[1]
 
     def _requeue(self, unit: int, *, front: bool) -> None:

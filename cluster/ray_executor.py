@@ -389,7 +389,7 @@ class RayExecutor(Executor):
                 slot.left.add(call)
 
     def _await(self, calls: dict[Any, tuple[_Slot, int]], dispatch: Dispatch) -> list[Any]:
-        """The next thing that happens at any worker, if anything does in time."""
+        """What happens next at any worker, if anything does in time."""
         others = [slot.begun for slot in self._slots if slot.begun is not None]
         others += [call for slot in self._slots for call in slot.left]
         timeout_s = dispatch.pause_s(time.monotonic())
@@ -397,7 +397,9 @@ class RayExecutor(Executor):
         if len(busy) < len([slot for slot in self._slots if slot.free]):
             timeout_s = min(timeout_s, _LOOK_S)
         happened: list[Any]
-        happened, _ = ray.wait([*calls, *others], num_returns=1, timeout=timeout_s)
+        happened, rest = ray.wait([*calls, *others], num_returns=1, timeout=timeout_s)
+        if happened and rest:  # all that are there, for a look at each call costs time
+            happened += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         return happened
 
     def _notice(self, event: Any) -> None:
@@ -437,16 +439,24 @@ class RayExecutor(Executor):
     def broadcast(self, method: str, *arguments: Any) -> list[Any]:
         """See `Executor.broadcast`; arguments are put into the object store once."""
         stored = [ray.put(argument) for argument in arguments]
-        if method in _LASTING:
-            for slot in self._slots:
-                if slot.left:  # it works for nobody, and all would wait for it
-                    ray.kill(slot.actor, no_restart=True)
-                    self._launch(slot)
-            # From here on a new worker does it too, and one that is just beginning after that.
-            self._story = [*(self._story if method != "load" else []), (method, stored)]
-            for slot in self._slots:
-                if slot.begun is not None:
-                    slot.begun = slot.actor.follow.remote(method, *stored)
+        if method not in _LASTING:
+            return self._broadcast(method, stored)
+        for slot in self._slots:  # who is just beginning does it after that
+            if slot.begun is not None:
+                slot.begun = slot.actor.follow.remote(method, *stored)
+        before = self._story
+        self._story = [*(before if method != "load" else []), (method, stored)]
+        for slot in self._slots:
+            if slot.left:  # it works for nobody, and all would wait for it
+                ray.kill(slot.actor, no_restart=True)
+                self._launch(slot)
+        try:
+            return self._broadcast(method, stored)
+        except BaseException:
+            self._story = before
+            raise
+
+    def _broadcast(self, method: str, stored: Sequence[Any]) -> list[Any]:
         while True:
             self._need_workers()
             slots = [slot for slot in self._slots if slot.ready]

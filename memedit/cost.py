@@ -376,6 +376,7 @@ def worker_memory(
     prefix = 2 * above * b * (states - texts.batch_from) * shape.state_width
     logits = 4 * 4 * texts.batch_reads * shape.vocab
     keys = -(-(texts.bare_tokens + texts.context_tokens) // workers)
+    sums = 0 if from_factors(shape, edits=texts.facts) else _FLOAT64 * i * (i + o)
     return {
         "model": Amount(
             value=shape.parameters * b, how=f"{si(shape.parameters)} parameters × {b} bytes"
@@ -392,7 +393,11 @@ def worker_memory(
             f" + 2 × {states - texts.batch_from:,} × {shape.state_width:,} prefix)"
             f" + 16 × {texts.batch_reads:,} logits × {shape.vocab:,}",
         ),
-        "keys": Amount(value=keys * o * b, how=f"{keys:,} tokens up to the subject × {o:,} × {b}"),
+        "keys": Amount(
+            value=keys * o * b + sums,
+            how=f"{keys:,} tokens up to the subject × {o:,} × {b}"
+            + (f" + 8 × {i:,} × ({i:,} + {o:,}) sums over facts" if sums else ""),
+        ),
     }
 
 
@@ -419,9 +424,10 @@ def evaluation_memory(shape: ModelShape, *, tokens: int, itemsize: int) -> Amoun
 def driver_memory(
     shape: ModelShape, *, layers: Sequence[int], edits: int, itemsize: int
 ) -> dict[str, Amount]:
-    """Bytes in the driver: counted moments, one layer's system, updates, one tensor at a time.
+    """Bytes in the driver: one moment, one layer's system, updates, one tensor at a time.
 
-    The moments are put on disk before the z vectors are sought, and come back one by one.
+    Moments are put together and written to disk one by one before the z vectors are sought, and
+    come back one by one. Of many facts, workers add up the keys, and only the sums come here.
 
     Args:
         shape: The model.
@@ -430,16 +436,17 @@ def driver_memory(
         itemsize: Bytes of an element of an edited tensor as it is stored.
     """
     m, n, i, o = len(layers), edits, shape.inner, shape.hidden
-    factors = from_factors(shape, edits=n)
-    squares = 2 if factors else 4
-    update = n * (i + o) if factors else i * o
-    written = f"{n:,} × ({i:,} + {o:,})" if factors else f"{i:,} × {o:,}"
+    if from_factors(shape, edits=n):
+        solve, update = 2 * i**2 + 2 * n * (i + o), n * (i + o)
+        system = f"2 × {i:,}² + 2 × {n:,} × ({i:,} + {o:,}) keys and residuals"
+        written = f"{n:,} × ({i:,} + {o:,})"
+    else:
+        solve, update = 4 * i**2 + 2 * i * o, i * o
+        system = f"4 × {i:,}² + 2 × {i:,} × {o:,} sums and the update"
+        written = f"{i:,} × {o:,}"
     return {
-        "moments": Amount(value=m * _FLOAT64 * i**2, how=f"{m} layers × {i:,}² × 8"),
-        "solve": Amount(
-            value=_FLOAT64 * (squares * i**2 + 2 * n * (i + o)),
-            how=f"8 × ({squares} × {i:,}² + 2 × {n:,} × ({i:,} + {o:,}) keys and residuals)",
-        ),
+        "moments": Amount(value=_FLOAT64 * i**2, how=f"{i:,}² × 8, one layer at a time"),
+        "solve": Amount(value=_FLOAT64 * solve, how=f"8 × ({system})"),
         "updates": Amount(value=m * _FLOAT64 * update, how=f"{m} layers × {written} × 8"),
         "publish": Amount(
             value=(3 * itemsize + 2 * _FLOAT64) * i * o,

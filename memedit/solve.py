@@ -100,20 +100,6 @@ class LayerProblem:
     lam: float
 
 
-def solve_memit(problem: LayerProblem) -> Update:
-    """Δ = Rᵀ K (λ C + Kᵀ K)⁻¹ (MEMIT, Eq. 14), from factors or from sums, whichever is cheaper."""
-    K_NI, R_NO = problem.keys_NI, problem.residuals_NO
-    if factors_are_cheaper(len(K_NI), K_NI.shape[1], R_NO.shape[1]):
-        return solve_from_factors(problem)
-    return solve_from_sums(
-        layer=problem.layer,
-        keys_II=K_NI.T @ K_NI,
-        residual_keys_OI=R_NO.T @ K_NI,
-        moment_II=problem.moment.moment_II,
-        lam=problem.lam,
-    )
-
-
 def factors_are_cheaper(edits: int, inputs: int, outputs: int) -> bool:
     """Compare the operations of the two forms, each with its Cholesky factor."""
     factors = inputs**3 / 3 + 2 * edits * inputs**2 + 2 * edits**2 * inputs + edits**3
@@ -122,7 +108,10 @@ def factors_are_cheaper(edits: int, inputs: int, outputs: int) -> bool:
 
 
 def solve_from_factors(problem: LayerProblem) -> Update:
-    """The same Δ by Woodbury: Rᵀ (I + Y Kᵀ)⁻¹ Y with Y = K (λ C)⁻¹; N right-hand sides only."""
+    """Δ = Rᵀ K (λ C + Kᵀ K)⁻¹ (MEMIT, Eq. 14), with N right-hand sides only.
+
+    By Woodbury it is Rᵀ (I + Y Kᵀ)⁻¹ Y with Y = K (λ C)⁻¹.
+    """
     K_NI = problem.keys_NI
     Y_NI = problem.moment.solve(K_NI) / problem.lam
     G_NN = Y_NI @ K_NI.T
@@ -134,7 +123,7 @@ def solve_from_factors(problem: LayerProblem) -> Update:
 def solve_from_sums(
     *, layer: int, keys_II: Tensor, residual_keys_OI: Tensor, moment_II: Tensor, lam: float
 ) -> Update:
-    """Δ = B A⁻¹ with A = λ C + Σ k kᵀ and B = Σ r kᵀ, which do not grow with the facts."""
+    """The same Δ = B A⁻¹ with A = λ C + Σ k kᵀ and B = Σ r kᵀ, which do not grow with the facts."""
     A_II = lam * moment_II + keys_II
     delta_IO = torch.cholesky_solve(residual_keys_OI.T, _cholesky(A_II, layer))
     return Update(layer=layer, left_NO=delta_IO, right_NI=None)
@@ -150,5 +139,17 @@ def _cholesky(matrix: Tensor, layer: int) -> Tensor:
     return factor
 
 
-METHODS: dict[str, Callable[[LayerProblem], Update]] = {"memit": solve_memit}
-"""A method is one closed form from a layer's problem to its update; its relatives join here."""
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One closed form from a layer's problem to its update, in the two forms that it has."""
+
+    from_factors: Callable[[LayerProblem], Update]
+    """From the keys and residuals of each fact."""
+    from_sums: Callable[..., Update]
+    """From sums over the facts; see `solve_from_sums`."""
+
+
+METHODS: dict[str, Method] = {
+    "memit": Method(from_factors=solve_from_factors, from_sums=solve_from_sums)
+}
+"""The methods by name; MEMIT's relatives join here."""

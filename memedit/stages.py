@@ -1,9 +1,8 @@
-"""The stages of an edit: statistics, z vectors, layer updates, evaluation.
+"""The stages of an edit after the statistics: z vectors, layer updates, evaluation.
 
 Each cuts its work into units, hands them to an executor and puts the results together, so one
-process and a cluster run the same code. Units depend on the input only, not on the workers; sums
-over tokens are taken in float64 in the order in which workers finish. Knows the method's order of
-steps; does not know files.
+process and a cluster run the same code. Units depend on the input only, not on the workers. Knows
+the method's order of steps; does not know files.
 """
 
 from __future__ import annotations
@@ -16,23 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memedit.config import EvaluationSettings, MomentSettings, TargetSettings
+from memedit.config import EvaluationSettings, TargetSettings
 from memedit.errors import NumericalError
 from memedit.evaluate import SIDE_EFFECTS, evaluation_of
 from memedit.executor import Executor, Failed
 from memedit.memory import trim_memory
-from memedit.moments import SecondMoment, Spread
+from memedit.moments import SecondMoment
 from memedit.outcome import Evaluation, FactResult, MomentSummary
-from memedit.progress import Progress, Silent
+from memedit.progress import Progress
 from memedit.prompts import EncodedRequest
+from memedit.reduction import reduce_rows
 from memedit.requests import EditRequest
 from memedit.side_effects import DriftReference
-from memedit.solve import LayerProblem, MomentFactor, Update
+from memedit.solve import LayerProblem, Method, MomentFactor, Update, factors_are_cheaper
+from memedit.tally import held_units
 from memedit.targets import Target, default_tokens_per_batch, whole_batches
 
-_TOKENS_PER_COUNT = 2048
-_COUNTS_PER_ROUND = 8
-"""Convergence is looked at after this many batches, whoever counted them."""
 _BATCHES_PER_UNIT = 2
 _FACTS_PER_KEY_UNIT = 64
 _FACTS_PER_SCORE_UNIT = 64
@@ -42,83 +40,6 @@ def once(executor: Executor, method: str, *arguments: Any) -> Any:
     """The single item of one call on any worker."""
     ((_, item),) = executor.map(method, [arguments])
     return item
-
-
-def collect_moments(
-    executor: Executor,
-    windows: Sequence[Sequence[int]],
-    *,
-    layers: tuple[int, ...],
-    settings: MomentSettings,
-    progress: Progress,
-) -> dict[int, SecondMoment]:
-    """Second moments of `layers` over windows of token ids (MEMIT, Eq. 15).
-
-    Ends before all windows are counted once the estimated error of every layer is below
-    `settings.tolerance`.
-    """
-    units = [
-        (batch, layers, settings.position_0 == "include")
-        for batch in _batches(windows, _TOKENS_PER_COUNT)
-    ]
-    progress.start("stats", total=sum(map(len, windows)), unit="tokens")
-    spreads: dict[int, Spread] = {}
-    counted: list[int] = []
-    step = _COUNTS_PER_ROUND if settings.tolerance > 0 else max(1, len(units))
-    for start in range(0, len(units), step):
-        round_of = list(range(start, min(start + step, len(units))))
-        found = _count(executor, units, round_of, progress)
-        for index in round_of:
-            for layer, part in found[index].items():
-                spreads[layer] = spreads[layer].merge(part) if layer in spreads else part
-        counted += round_of
-        error = max(spread.error for spread in spreads.values())
-        progress.advance("stats", 0, error=error)
-        if error < settings.tolerance:
-            break
-    moments: dict[int, SecondMoment] = {}
-    missing = set(counted)
-    while True:
-        for indices, parts in executor.broadcast("take_moments"):
-            if not missing.issuperset(indices):
-                raise RuntimeError("some windows were counted twice")
-            missing -= set(indices)
-            for layer, moment in parts.items():
-                moments[layer] = moments[layer].merge(moment) if layer in moments else moment
-        if not missing:
-            break
-        # A worker has died, and with it what it had counted.
-        _count(executor, units, sorted(missing), Silent())
-    progress.finish("stats")
-    return moments
-
-
-def _count(
-    executor: Executor,
-    units: Sequence[tuple[Any, ...]],
-    indices: Sequence[int],
-    progress: Progress,
-) -> dict[int, dict[int, Spread]]:
-    """Let workers add some units to their sums; the spread of each by layer."""
-    counted: dict[int, dict[int, Spread]] = {}
-    # Sticky, and merged by index: the same sums whenever the number of workers is the same.
-    for _, (index, tokens, parts) in executor.map(
-        "count", [(index, *units[index]) for index in indices], sticky=True
-    ):
-        if index not in counted:
-            progress.advance("stats", tokens)
-        counted[index] = parts
-    return counted
-
-
-def _batches(windows: Sequence[Sequence[int]], tokens: int) -> list[list[Sequence[int]]]:
-    """Windows of similar length together, so that little of a batch is padding."""
-    batches: list[list[Sequence[int]]] = []
-    for window in sorted(windows, key=len, reverse=True):
-        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0]) > tokens:
-            batches.append([])
-        batches[-1].append(window)
-    return batches
 
 
 def find_targets(
@@ -219,7 +140,7 @@ def solve_layers(
     *,
     moments: Mapping[int, SecondMoment],
     layers: tuple[int, ...],
-    method: Callable[[LayerProblem], Update],
+    method: Method,
     lam: float,
     ridge: float,
     residual_scale: float,
@@ -249,41 +170,115 @@ def solve_layers(
         progress: Told of each layer.
     """
     progress.start("solve", total=len(layers), unit="layers")
-    z_NO = torch.stack([target.z_O for target in targets]).double()
-    starts = range(0, len(requests), _FACTS_PER_KEY_UNIT)
+    z_NO = torch.stack([target.z_O for target in targets])
+    units = [
+        (start, requests[start : start + _FACTS_PER_KEY_UNIT])
+        for start in range(0, len(requests), _FACTS_PER_KEY_UNIT)
+    ]
     solved = []
     for depth, layer in enumerate(layers):
-        units = [
-            (start, requests[start : start + _FACTS_PER_KEY_UNIT], layer, layers[-1])
-            for start in starts
-        ]
-        parts = dict(executor.map("keys", units, sticky=True))
-        keys_NI = torch.cat([parts[i].keys_NI for i in range(len(units))]).double()
-        if not bool(keys_NI.isfinite().all()):
-            raise NumericalError(f"the keys of layer {layer} are not finite")
-        current_NO = torch.cat([parts[i].current_NO for i in range(len(units))]).double()
-        residuals_NO = z_NO - current_NO
-        residual_norm = float(residuals_NO.norm(dim=1).mean())
-        share_NO: Tensor = residuals_NO / (len(layers) - depth) / residual_scale
+        share = 1 / (len(layers) - depth) / residual_scale
         moment = moments[layer]
         summary, moment_II = moment.summary, moment.value_II.to(device)
         del moment  # its sum is as large as its value
-        problem = LayerProblem(
-            layer=layer,
-            keys_NI=keys_NI.to(device),
-            residuals_NO=share_NO.to(device),
-            moment=MomentFactor(moment_II, ridge=ridge, layer=layer),
-            lam=lam,
-        )
+        factor = MomentFactor(moment_II, ridge=ridge, layer=layer)
         del moment_II  # with a ridge the factor holds another
-        update = method(problem).cpu()
+        if factors_are_cheaper(len(requests), len(factor.moment_II), z_NO.shape[1]):
+            keys_NI, residuals_NO = _keys(executor, units, z_NO, layer, layers[-1])
+            residual_norm = float(residuals_NO.norm(dim=1).mean())
+            problem = LayerProblem(
+                layer=layer,
+                keys_NI=keys_NI.to(device),
+                residuals_NO=(residuals_NO * share).to(device),
+                moment=factor,
+                lam=lam,
+            )
+            del keys_NI, residuals_NO
+            update = method.from_factors(problem).cpu()
+            del problem
+        else:
+            sums = _sums(executor, units, z_NO, share, layer, layers[-1], len(factor.moment_II))
+            residual_norm = sums.residual_norm
+            update = method.from_sums(
+                layer=layer,
+                keys_II=sums.keys_II.to(device),
+                residual_keys_OI=sums.residual_keys_OI.to(device),
+                moment_II=factor.moment_II,
+                lam=lam,
+            ).cpu()
+            del sums
         executor.broadcast("apply", update, stored[layer])
         solved.append(SolvedLayer(update=update, residual_norm=residual_norm, moment=summary))
-        del problem
+        del factor
         trim_memory()
         progress.advance("solve", 1, residual=residual_norm)
     progress.finish("solve")
     return solved
+
+
+def _keys(
+    executor: Executor,
+    units: Sequence[tuple[int, Sequence[EncodedRequest]]],
+    z_NO: Tensor,
+    layer: int,
+    last_layer: int,
+) -> tuple[Tensor, Tensor]:
+    """Keys [N, I] and z − h^L [N, O] of all facts, float64."""
+    calls = [(*unit, layer, last_layer) for unit in units]
+    parts = dict(executor.map("keys", calls, sticky=True))
+    keys_NI = torch.cat([parts[i].keys_NI for i in range(len(units))]).double()
+    current_NO = torch.cat([parts[i].current_NO for i in range(len(units))]).double()
+    if not bool(keys_NI.isfinite().all() and current_NO.isfinite().all()):
+        raise NumericalError(f"the keys of layer {layer} are not finite")
+    return keys_NI, z_NO.double() - current_NO
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sums:
+    """Σ k kᵀ and Σ r kᵀ over all facts, float64, and the mean ‖z − h^L‖."""
+
+    keys_II: Tensor
+    residual_keys_OI: Tensor
+    residual_norm: float
+
+
+def _sums(
+    executor: Executor,
+    units: Sequence[tuple[int, Sequence[EncodedRequest]]],
+    z_NO: Tensor,
+    share: float,
+    layer: int,
+    last_layer: int,
+    inputs: int,
+) -> _Sums:
+    """What the closed form needs of many facts; workers add, and nobody holds the keys of all."""
+    executor.broadcast("forget", "keys")
+    norms: dict[int, float] = {}
+    calls = {
+        start: (start, facts, z_NO[start : start + len(facts)], share, layer, last_layer)
+        for start, facts in units
+    }
+    missing = list(calls)
+    while True:
+        added = executor.map("sum_keys", [calls[start] for start in missing], sticky=True)
+        norms |= {start: norm for _, (start, norm) in added}
+        held = executor.broadcast("held", "keys")
+        missing = sorted(calls.keys() - held_units(held))
+        if missing:  # a worker has died, and with it what it had added
+            continue
+        keys_II = reduce_rows(executor, held, "keys", "keys", (inputs, inputs))
+        if keys_II is None:
+            continue
+        shape = (z_NO.shape[1], inputs)
+        residual_keys_OI = reduce_rows(executor, held, "keys", "residuals", shape)
+        if residual_keys_OI is None:
+            continue
+        executor.broadcast("forget", "keys")
+        return _Sums(
+            keys_II=keys_II,
+            residual_keys_OI=residual_keys_OI,
+            residual_norm=sum(norms[start] for start in calls) / len(z_NO),
+        )
 
 
 def judge(

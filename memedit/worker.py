@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from memedit.architecture import check_additivity
 from memedit.config import EvaluationSettings, TargetSettings
@@ -20,7 +22,7 @@ from memedit.files import Files
 from memedit.keys import KeyPass, Keys, default_tokens_per_chunk
 from memedit.memory import release_memory, trim_memory
 from memedit.model import LoadedModel, ModelSpec, load_model
-from memedit.moments import MomentAccumulator, SecondMoment, Spread
+from memedit.moments import MomentAccumulator, Spread
 from memedit.outcome import FactResult
 from memedit.patching import row_blocks
 from memedit.prompts import EncodedRequest
@@ -28,6 +30,7 @@ from memedit.requests import EditRequest
 from memedit.sampling import sample_contexts, sample_windows
 from memedit.side_effects import DriftReference
 from memedit.solve import Update
+from memedit.tally import Held, Tally
 from memedit.targets import Target, default_tokens_per_batch, optimise_targets
 
 
@@ -63,13 +66,13 @@ class Worker:
         self.loaded = load_model(spec)
         release_memory()
         self._accumulator: MomentAccumulator | None = None
-        self._counted: list[int] = []
+        self._tallies: dict[str, Tally] = {}
         self._passes: dict[int, KeyPass] = {}
         self._room = Room()
 
     def load(self, spec: ModelSpec) -> Iterator[None]:
         """Let go of the model and of all state, and load another."""
-        self._accumulator, self._counted, self._passes = None, [], {}
+        self._accumulator, self._tallies, self._passes = None, {}, {}
         vars(self).pop("loaded", None)  # a load that failed has let go of it already
         release_memory()
         self.loaded = load_model(spec)
@@ -97,16 +100,36 @@ class Worker:
             model, arch = self.loaded.model, self.loaded.arch
             self._accumulator = MomentAccumulator(model, arch, layers=layers, count_0=count_0)
         spreads = self._accumulator.add(windows)
-        self._counted.append(unit)
+        tally = self._tally("moments")
+        tally.units.append(unit)
+        for layer, moment in self._accumulator.moments.items():
+            tally.matrices[layer] = moment.sum_II
+            tally.facts[layer] = replace(moment, sum_II=moment.sum_II[:0].cpu())
         yield unit, sum(map(len, windows)), spreads
 
-    def take_moments(self) -> Iterator[tuple[list[int], dict[int, SecondMoment]]]:
-        """Hand over what was counted, and which units that was, and forget it."""
-        accumulator, self._accumulator = self._accumulator, None
-        counted, self._counted = self._counted, []
-        moments = accumulator.moments if accumulator is not None else {}
+    def _tally(self, kind: str) -> Tally:
+        return self._tallies.setdefault(kind, Tally())
+
+    def held(self, kind: str) -> Iterator[Held]:
+        """Which units this worker has added to sums of a kind (`moments`, `keys`)."""
+        tally = self._tally(kind)
+        yield Held(state=tally.state, units=tuple(tally.units), facts=dict(tally.facts))
+
+    def rows(
+        self, kind: str, name: Any, start: int, stop: int
+    ) -> Iterator[tuple[str, Tensor | None]]:
+        """Some rows of one of the sums, float64 on the CPU, with the state that they are of."""
+        tally = self._tally(kind)
+        matrix = tally.matrices.get(name)
+        yield tally.state, None if matrix is None else matrix[start:stop].double().cpu()
+
+    def forget(self, kind: str) -> Iterator[None]:
+        """Let go of the sums of a kind."""
+        self._tallies.pop(kind, None)
+        if kind == "moments":
+            self._accumulator = None
         trim_memory()
-        yield counted, {layer: replace(m, sum_II=m.sum_II.cpu()) for layer, m in moments.items()}
+        yield None
 
     def targets(
         self, requests: Sequence[EncodedRequest], layer: int, settings: TargetSettings
@@ -134,10 +157,41 @@ class Worker:
         self, unit: int, requests: Sequence[EncodedRequest], layer: int, last_layer: int
     ) -> Iterator[Keys]:
         """Keys and current values of a unit of facts; layers must be asked for in order."""
+        keys = self._keys(unit, requests, layer, last_layer)
+        trim_memory()
+        yield keys
+
+    def sum_keys(
+        self,
+        unit: int,
+        requests: Sequence[EncodedRequest],
+        z_NO: Tensor,
+        share: float,
+        layer: int,
+        last_layer: int,
+    ) -> Iterator[tuple[int, float]]:
+        """Add a unit of facts to Σ k kᵀ and Σ r kᵀ of a layer; the unit and Σ ‖z − h^L‖.
+
+        The residual r is `share` of z − h^L.
+        """
+        keys = self._keys(unit, requests, layer, last_layer)
+        keys_NI = keys.keys_NI.to(self.loaded.model.device).double()
+        residuals_NO = (z_NO.double() - keys.current_NO.double()).to(keys_NI.device)
+        if not bool(keys_NI.isfinite().all() and residuals_NO.isfinite().all()):
+            raise NumericalError(f"the keys of layer {layer} are not finite")
+        tally = self._tally("keys")
+        tally.units.append(unit)
+        tally.add_product("keys", keys_NI, keys_NI)
+        tally.add_product("residuals", residuals_NO * share, keys_NI)
+        trim_memory()
+        yield unit, float(residuals_NO.norm(dim=1).sum())
+
+    def _keys(
+        self, unit: int, requests: Sequence[EncodedRequest], layer: int, last_layer: int
+    ) -> Keys:
         model, arch = self.loaded.model, self.loaded.arch
         budget = default_tokens_per_chunk(model.device)
-        keys: Keys | None = None
-        while keys is None:
+        while True:
             if unit not in self._passes or self._passes[unit].entry > layer:
                 self._passes[unit] = KeyPass(
                     model,
@@ -147,15 +201,12 @@ class Worker:
                     tokens_per_chunk=self._room.of("keys", budget),
                 )
             try:
-                keys = self._passes[unit].at(layer)
+                return self._passes[unit].at(layer)
             except torch.OutOfMemoryError:
                 del self._passes[unit]  # it may have come half way
                 if not self._room.halve("keys", budget):
                     raise
-            if keys is None:
-                release_memory()
-        trim_memory()
-        yield keys
+            release_memory()
 
     def apply(self, update: Update, stored: torch.dtype) -> Iterator[None]:
         """Add an update to the weight in memory, rounded as it will be stored."""

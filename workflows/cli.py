@@ -27,9 +27,11 @@ import click
 
 import memedit
 from memedit.errors import InputError, MemeditError
-from workflows import settings, version_settings
+from workflows import render_settings, settings, submit_settings, version_settings
 from workflows.command_help import JobCommand, flags_of
 from workflows.jobfile import load_job
+from workflows.render_command import RENDER_EXAMPLES, RENDER_SUMMARY, render_command
+from workflows.submit_command import EXAMPLES, SUMMARY, submit_command
 from workflows.wording import without_keys
 
 
@@ -170,6 +172,30 @@ ACTIONS: dict[str, Action] = {
             "memedit gc --registry runs/registry --run",
         ),
     ),
+    "status": Action(
+        job=submit_settings.StatusJob,
+        run="workflows.submit:run_status",
+        show="show_status",
+        summary="What the runs on a Ray cluster are doing: all of memedit, or one.",
+        examples=(
+            "memedit status --address http://head:8265",
+            "memedit status night-1 --address http://head:8265 --json",
+        ),
+    ),
+    "logs": Action(
+        job=submit_settings.LogsJob,
+        run="workflows.submit:run_logs",
+        show="show_log",
+        summary="What a run on a Ray cluster has written, on stdout.",
+        examples=("memedit logs night-1 --follow --address http://head:8265",),
+    ),
+    "stop": Action(
+        job=submit_settings.StopJob,
+        run="workflows.submit:run_stop",
+        show="show_stopped",
+        summary="End a run on a Ray cluster cleanly; submitted again, it goes on.",
+        examples=("memedit stop night-1 --address http://head:8265",),
+    ),
     "doctor": Action(
         job=settings.DoctorJob,
         run="workflows.doctor:run_doctor",
@@ -182,20 +208,11 @@ ACTIONS: dict[str, Action] = {
 
 def _command(name: str, action: Action) -> click.Command:
     def callback(config: Path | None, assignments: tuple[str, ...], **flags: Any) -> None:
-        context = click.get_current_context()
         job = load_job(action.job, config=config, flags=flags, assignments=assignments)
         if getattr(job, "run_id", "") is None:  # every run has a name, in its log too
             unnamed: Any = job
             job = replace(unnamed, run_id=settings.new_run_id())
-        context.obj.take(job)
-        result = _perform(action, job, context.obj.run_id)
-        summary = _plain(result if isinstance(result, Mapping) else result.summary())
-        if job.json:
-            click.echo(json.dumps(summary, ensure_ascii=False, allow_nan=False))
-        else:
-            _function(f"workflows.results:{action.show}")(result, sys.stdout)
-        if summary.get("ok") is False:
-            context.exit(1)
+        _act(action, job)
 
     return JobCommand(
         name=name,
@@ -206,6 +223,20 @@ def _command(name: str, action: Action) -> click.Command:
         short_help=action.summary,
         examples=action.examples,
     )
+
+
+def _act(action: Action, job: settings.Job) -> None:
+    """Do what a command does and tell the result."""
+    context = click.get_current_context()
+    context.obj.take(job)
+    result = _perform(action, job, context.obj.run_id)
+    if not job.json:
+        _function(f"workflows.results:{action.show}")(result, sys.stdout)
+    summary = _plain(result if isinstance(result, Mapping) else result.summary())
+    if job.json:
+        click.echo(json.dumps(summary, ensure_ascii=False, allow_nan=False))
+    if summary.get("ok") is False:
+        context.exit(summary.get("exit_code") or 1)
 
 
 @dataclass
@@ -235,8 +266,25 @@ def cli() -> None:
     """
 
 
+SUBMIT = Action(
+    job=submit_settings.SubmitJob,
+    run="workflows.submit:run_submit",
+    show="show_submitted",
+    summary=SUMMARY,
+    examples=EXAMPLES,
+)
+RENDER = Action(
+    job=render_settings.RenderJob,
+    run="workflows.render:run_render",
+    show="show_rendered",
+    summary=RENDER_SUMMARY,
+    examples=RENDER_EXAMPLES,
+)
+
 for _name, _action in ACTIONS.items():
     cli.add_command(_command(_name, _action))
+cli.add_command(submit_command(lambda job: _act(SUBMIT, job)))
+cli.add_command(render_command(lambda job: _act(RENDER, job)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

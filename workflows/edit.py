@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 import torch
 
 from cluster.artifacts import Artifacts, target_digest
+from cluster.background import Background
 from cluster.publication import Publication
 from cluster.store import join
 from memedit.config import EditSettings
@@ -221,15 +222,19 @@ def _targets(
         for e in encoded
     }
     kept = {case_id: artifacts.target(digest, case_id) for case_id, digest in digests.items()}
-    return find_targets(
-        executor,
-        encoded,
-        layer=settings.layers[-1],
-        settings=settings.targets,
-        known={case_id: target for case_id, target in kept.items() if target is not None},
-        keep=lambda target: artifacts.keep_target(digests[target.case_id], target),
-        progress=progress,
-    )
+    # Waiting for the disk is no work for the thread that feeds the workers.
+    with Background() as background:
+        return find_targets(
+            executor,
+            encoded,
+            layer=settings.layers[-1],
+            settings=settings.targets,
+            known={case_id: target for case_id, target in kept.items() if target is not None},
+            keep=lambda target: background.do(
+                artifacts.keep_target, digests[target.case_id], target
+            ),
+            progress=progress,
+        )
 
 
 def _require_shared(executor: Executor, publication: Publication) -> None:

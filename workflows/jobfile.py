@@ -28,6 +28,7 @@ from workflows.settings import (
     PlanJob,
     StatsJob,
 )
+from workflows.submit_settings import LogsJob, StatusJob, StopJob
 from workflows.version_settings import (
     ApplyJob,
     DiffJob,
@@ -56,6 +57,9 @@ JOBS: dict[str, type[Job]] = {
     "rollback": RollbackJob,
     "pin": PinJob,
     "gc": GcJob,
+    "status": StatusJob,
+    "logs": LogsJob,
+    "stop": StopJob,
     "doctor": DoctorJob,
 }
 """The command of each job."""
@@ -87,6 +91,7 @@ def load_job(
     config: Path | None = None,
     flags: Mapping[str, object] | None = None,
     assignments: Sequence[str] = (),
+    defaults: Mapping[str, object] | None = None,
 ) -> JobT:
     """Merge the sources into a job of `kind`.
 
@@ -96,6 +101,7 @@ def load_job(
             serves `plan`, `stats` and `edit`.
         flags: Field name -> value; None means that the flag was not given.
         assignments: `section.field=value` or `field=value`; the value is read as YAML.
+        defaults: Field name -> value, in place of the job's own default.
 
     Raises:
         InputError: with the source and the path of the field that is wrong.
@@ -107,7 +113,7 @@ def load_job(
         for other in _PLACES - {item.path} if item.path in _PLACES else ():
             if other in given and given[other].folder is not None and item.folder is None:
                 del given[other]
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(defaults or {})
     for item in given.values():
         checked = _check(kind, item)
         if len(item.path) == 1:

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from cluster.artifacts import Artifacts, moment_digest
+from cluster.artifacts import Artifacts, KeptMoments, moment_digest, windows_digest
 from cluster.store import open_files
+from memedit.collect import collect_moments
 from memedit.config import EditSettings, MomentSettings, digest_of
 from memedit.cost import sampled_at_once, shape_of
 from memedit.errors import InputError, MemeditError
@@ -28,7 +29,6 @@ from memedit.model import positions_of
 from memedit.moments import SecondMoment, check_moment, load_moment, windows_of
 from memedit.progress import Progress
 from memedit.prompts import encode
-from memedit.stages import collect_moments
 from workflows.corpora import Corpus, open_corpus, sample_documents
 from workflows.session import Base
 from workflows.settings import WorkJob
@@ -250,15 +250,16 @@ def moments_for(
         progress.advance("stats", len(digests))
         progress.finish("stats")
         return stored
-    moments = collect_moments(
+    windows = source.windows(executor, progress)
+    for moment in collect_moments(
         executor,
-        source.windows(executor, progress),
+        windows,
         layers=settings.layers,
         settings=settings.moments,
         progress=progress,
-    )
-    for layer, moment in moments.items():
-        artifacts.keep_moment(digests[layer], moment)
+        kept=KeptMoments(artifacts, digest_of(digests, windows_digest(windows))),
+    ):
+        artifacts.keep_moment(digests[moment.layer], moment)
     return stored
 
 

@@ -396,9 +396,8 @@ def _memory(
     peaks = {name: amount.value for name, amount in worker.items() if name not in ("model", "keys")}
     worker_peak = model + max(*peaks.values(), keys)
     beside = {**peaks, "keys and solve": keys + at_solve}
-    # What each worker has counted arrives at once, and is added up.
-    counted = driver["moments"].value if "moments" in driver else 0.0
-    gathered = counted * (workers + 1 if workers > 1 else 1)
+    # Added up from blocks of the workers' rows.
+    gathered = driver["moments"].value if "moments" in driver else 0.0
     if job.executor == "inline":
         stage = max(beside, key=lambda name: beside[name])
         total = {

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from memedit.outcome import EditOutcome
 from workflows.findings import METRICS
+from workflows.submit_tables import run_table, runs_table
 from workflows.tables import (
     before_after_table,
     continuations_table,
@@ -145,6 +146,54 @@ def show_pin(result: Mapping[str, Any], stream: TextIO) -> None:
 def show_gc(result: Mapping[str, Any], stream: TextIO) -> None:
     """What goes, what stays and why."""
     _print(stream, gc_tables(result))
+
+
+def show_submitted(submitted: Any, stream: TextIO) -> None:
+    """What became of a submission, and how to go on from there."""
+    run = submitted.summary()
+    _print(stream, [_submitted(run, waited=submitted.waited), run_table(run)])
+
+
+def _submitted(run: Mapping[str, Any], *, waited: bool) -> str:
+    name, address = run["run_id"], run["address"]
+    if not run["submitted"] and run["state"] in ("STOPPED", "FAILED"):
+        hint = "; to go on, submit it under another run id: what is finished is not done again"
+    elif waited:
+        hint = ""
+    else:
+        hint = f"; memedit logs {name} --follow --address {address}"
+    return f"{name}: {'submitted' if run['submitted'] else 'was submitted before'}{hint}"
+
+
+def show_status(result: Mapping[str, Any], stream: TextIO) -> None:
+    """One run in full, or a line per run."""
+    if "runs" not in result:
+        _print(stream, [run_table(result)])
+    elif result["runs"]:
+        _print(stream, [runs_table(result["runs"])])
+    else:
+        _print(stream, [f"{result['address']}: no run of memedit yet"])
+
+
+def show_log(log: Any, stream: TextIO) -> None:
+    """The log as it is, as it comes."""
+    log.write(stream)
+
+
+def show_stopped(result: Mapping[str, Any], stream: TextIO) -> None:
+    """What became of the run."""
+    if result["stopped"]:
+        told = "stopped; to go on, submit it under another run id"
+    else:
+        told = f"{result['state']}, so there was nothing to stop"
+        if result["state"] in ("PENDING", "RUNNING"):
+            told = "told to stop, but has not ended yet"
+    _print(stream, [f"{result['run_id']}: {told}"])
+
+
+def show_rendered(rendered: Any, stream: TextIO) -> None:
+    """The text as it is, to be piped on; or where it lies."""
+    rendered.write(stream)
 
 
 def _print(stream: TextIO, parts: Iterable[Table | str]) -> None:

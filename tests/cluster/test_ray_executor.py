@@ -122,7 +122,7 @@ def test_units_give_what_they_give_inline(fresh: RayExecutor, model: Path) -> No
 
 def test_all_workers_take_part(fresh: RayExecutor) -> None:
     list(fresh.map("count", windows(20)))
-    counted = [moments[1].tokens for _, moments in fresh.broadcast("take_moments")]
+    counted = [held.facts[1].tokens for held in fresh.broadcast("held", "moments")]
     assert sum(counted) == 20 * len(WINDOW)
     assert len(counted) == 2
     assert all(counted)
@@ -135,9 +135,10 @@ def test_sticky_units_return_to_their_worker(fresh: RayExecutor) -> None:
     for _ in range(2):
         given = dict(fresh.map("count", units, sticky=True))
         assert [given[unit][:2] for unit in range(len(units))] == list(enumerate(sizes, 10))
-        parts = fresh.broadcast("take_moments")
-        assert [indices for indices, _ in parts] == [[10, 12, 14], [11, 13, 15]]
-        assert [part[1].tokens for _, part in parts] == [2 + 8 + 32, 4 + 16 + 64]
+        parts = fresh.broadcast("held", "moments")
+        assert [part.units for part in parts] == [(10, 12, 14), (11, 13, 15)]
+        assert [part.facts[1].tokens for part in parts] == [2 + 8 + 32, 4 + 16 + 64]
+        fresh.broadcast("forget", "moments")
 
 
 def test_the_pools_of_a_worker_are_as_small_as_its_share(executor: RayExecutor) -> None:
@@ -240,9 +241,9 @@ def test_a_killed_worker_is_replaced_by_one_in_the_same_state(
         assert executor.seats[0].pid != first.pid
         assert list(executor.map("sample", [(2, 12, 0)])) == edited
         # What the first had counted went with it, and nobody says that it is there.
-        ((indices, moments),) = executor.broadcast("take_moments")
-        assert len(indices) == len(set(indices)) < 400
-        assert moments[1].tokens == len(WINDOW) * len(indices)
+        (held,) = executor.broadcast("held", "moments")
+        assert len(held.units) == len(set(held.units)) < 400
+        assert held.facts[1].tokens == len(WINDOW) * len(held.units)
         executor.broadcast("load", spec)
         assert list(executor.map("sample", [(2, 12, 0)])) == before
         os.kill(executor.seats[0].pid, signal.SIGKILL)  # while it has nothing to do

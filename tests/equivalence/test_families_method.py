@@ -16,7 +16,7 @@ from memedit.config import TargetSettings
 from memedit.keys import KeyPass
 from memedit.prompts import EncodedRequest, Located, encode_request
 from memedit.requests import EditRequest
-from memedit.solve import LayerProblem, MomentFactor, solve_memit
+from memedit.solve import LayerProblem, MomentFactor, solve_from_factors
 from memedit.targets import optimise_targets
 from tests.plain import ModuleNames, plain_current, plain_target
 from tests.tiny import DENSE, HIDDEN, tiny_model, tiny_tokenizer
@@ -143,7 +143,7 @@ def test_solved_update_brings_the_states_to_z(
     keys = KeyPass(model, arch, bare, last_layer=LAST).at(LAST)
     wanted_NO = torch.randn(len(bare), HIDDEN, generator=torch.Generator().manual_seed(3))
     z_NO = keys.current_NO + wanted_NO
-    update = solve_memit(
+    update = solve_from_factors(
         LayerProblem(
             layer=LAST,
             keys_NI=keys.keys_NI.double(),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from memedit.collect import collect_moments
 from memedit.config import MomentSettings, TargetSettings
 from memedit.executor import InlineExecutor
 from memedit.files import LocalFiles
@@ -15,8 +16,8 @@ from memedit.model import ModelSpec, load_model
 from memedit.progress import Silent
 from memedit.prompts import BARE, FIXED_CONTEXTS, encode_request
 from memedit.requests import EditRequest
-from memedit.solve import solve_memit
-from memedit.stages import collect_moments, find_targets, solve_layers
+from memedit.solve import METHODS
+from memedit.stages import find_targets, solve_layers
 from tests.plain import plain_current, plain_edit, plain_moments, plain_target
 from workflows.facts import read_facts
 
@@ -69,9 +70,10 @@ def test_z_statistics_and_updates_equal_the_plain_ones(
         assert (target.z_O - z_O).norm() <= 5e-3 * (z_O - h_O).norm()
 
     windows = [tokenizer(r.text * 3)["input_ids"][:48] for r in requests]
-    moments = collect_moments(
+    counted = collect_moments(
         executor, windows, layers=LAYERS, settings=MomentSettings(), progress=Silent()
     )
+    moments = {moment.layer: moment for moment in counted}
     for layer in LAYERS:
         plain_II, tokens = plain_moments(model, tokenizer, windows, layer)
         assert moments[layer].tokens == tokens
@@ -89,7 +91,7 @@ def test_z_statistics_and_updates_equal_the_plain_ones(
         targets,
         moments=moments,
         layers=LAYERS,
-        method=solve_memit,
+        method=METHODS["memit"],
         lam=LAM,
         ridge=ridge,
         residual_scale=1.0,

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from cluster.executors import open_executor
-from memedit import stages
+from memedit import collect, stages
 from memedit.checkpoint import Checkpoint
 from memedit.manifest import Manifest, read_manifest
 from memedit.moments import load_moment
@@ -75,7 +75,7 @@ def jobs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[
         without_plots(patch)
         patch.setattr("workflows.session.open_executor", partial(open_executor, threads=1))
         # Several units for each worker, though there is little to do.
-        patch.setattr(stages, "_TOKENS_PER_COUNT", 128)
+        patch.setattr(collect, "_TOKENS_PER_COUNT", 128)
         patch.setattr(stages, "_BATCHES_PER_UNIT", 1)
         patch.setattr(stages, "_FACTS_PER_KEY_UNIT", 3)
         patch.setattr(stages, "_FACTS_PER_SCORE_UNIT", 3)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cluster.executors import open_executor
-from memedit import stages
+from memedit import collect, stages
 from memedit.architecture import Architecture
 from memedit.config import EvaluationSettings, MomentSettings, TargetSettings
 from memedit.executor import Executor
@@ -66,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_units() -> Iterator[None]:
     """Several units for each worker, though the facts are few."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "_TOKENS_PER_COUNT", 256)
+        patch.setattr(collect, "_TOKENS_PER_COUNT", 256)
         patch.setattr(stages, "_BATCHES_PER_UNIT", 1)
         patch.setattr(stages, "_FACTS_PER_KEY_UNIT", 5)
         patch.setattr(stages, "_FACTS_PER_SCORE_UNIT", 5)
@@ -127,13 +127,14 @@ def windows() -> list[list[int]]:
 
 
 def moments_of(executor: Executor, *, tolerance: float = 0.0) -> dict[int, SecondMoment]:
-    return stages.collect_moments(
+    counted = collect.collect_moments(
         executor,
         windows(),
         layers=LAYERS,
         settings=MomentSettings(tolerance=tolerance),
         progress=Silent(),
     )
+    return {moment.layer: moment for moment in counted}
 
 
 def targets_of(executor: Executor, encoded: list[EncodedRequest]) -> list[Target]:
@@ -200,7 +201,11 @@ def test_second_moments(both: tuple[Executor, Executor], tolerance: float) -> No
 
 
 def test_targets_keys_and_updates(
-    both: tuple[Executor, Executor], encoded: list[EncodedRequest], loaded: Any, folder: Path
+    both: tuple[Executor, Executor],
+    encoded: list[EncodedRequest],
+    loaded: Any,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first, second = (targets_of(executor, encoded) for executor in both)
     assert (
@@ -217,6 +222,17 @@ def test_targets_keys_and_updates(
         assert torch.equal(x.update.delta_OI, y.update.delta_OI)
         assert x.residual_norm == y.residual_norm
         assert x.update.delta_OI.norm() > 0
+    # Added up by the workers it is the same, but for the order of float64 sums.
+    monkeypatch.setattr(stages, "factors_are_cheaper", lambda *shape: False)
+    for executor in both:
+        executor.broadcast("load", ModelSpec(files=LocalFiles(folder)))
+        for x, y in zip(
+            one, solved_by(executor, encoded, first, moments, loaded.arch), strict=True
+        ):
+            assert y.update.right_NI is None
+            difference = (x.update.delta_OI - y.update.delta_OI).norm()
+            assert difference <= 1e-6 * x.update.delta_OI.norm()
+            assert x.residual_norm == pytest.approx(y.residual_norm, rel=1e-6)
     # Every worker was edited: the state after the last edited block is no longer the base's.
     above = LAYERS[-1] + 1
     states = [

@@ -34,7 +34,13 @@ from memedit.keys import KeyPass
 from memedit.moments import MomentAccumulator
 from memedit.prompts import EncodedRequest, encode_request
 from memedit.requests import EditRequest
-from memedit.solve import LayerProblem, MomentFactor, solve_memit
+from memedit.solve import (
+    LayerProblem,
+    MomentFactor,
+    factors_are_cheaper,
+    solve_from_factors,
+    solve_from_sums,
+)
 from memedit.targets import optimise_targets
 from tests.tiny import DENSE, HIDDEN, INNER, LAYERS, VOCAB, tiny_config, tiny_model, tiny_tokenizer
 
@@ -159,7 +165,16 @@ def test_the_solve_takes_the_form_that_is_counted(edits: int) -> None:
         lam=1.0,
     )
     with FlopCounterMode(display=False) as counter:
-        update = solve_memit(problem)
+        if factors_are_cheaper(edits, INNER, HIDDEN):
+            update = solve_from_factors(problem)
+        else:
+            update = solve_from_sums(
+                layer=0,
+                keys_II=problem.keys_NI.T @ problem.keys_NI,
+                residual_keys_OI=problem.residuals_NO.T @ problem.keys_NI,
+                moment_II=problem.moment.moment_II,
+                lam=problem.lam,
+            )
         delta_OI = update.delta_OI
     assert delta_OI.shape == (HIDDEN, INNER)
     assert (update.right_NI is not None) == from_factors(shape, edits=edits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from memedit.prompts import encode_request
 from memedit.requests import EditRequest, Neighbour
 from memedit.solve import Update
 from memedit.worker import Worker
-from tests.tiny import save_tiny
+from tests.tiny import INNER, save_tiny
 
 LAYER = 1
 CONTEXTS = ("{}", "Therefore I think. {}", "Because the tower stands in Germany, it is. {}")
@@ -99,10 +100,12 @@ def test_work_is_halved_until_it_fits(
         list(worker.load(ModelSpec(files=LocalFiles(tmp_path))))
         targets = {t.case_id: t.z_O for t in worker.targets(encoded, LAYER, settings)}
         ((unit, tokens, _),) = worker.count(3, windows, (LAYER,), True)
-        ((units, moments),) = worker.take_moments()
-        ((keys),) = worker.keys(0, encoded, LAYER, LAYER)
+        (held,) = worker.held("moments")
+        moment = replace(held.facts[LAYER], sum_II=next(worker.rows("moments", LAYER, 0, INNER))[1])
+        list(worker.forget("moments"))
+        (keys,) = worker.keys(0, encoded, LAYER, LAYER)
         facts = list(worker.score(REQUESTS, judgement))
-        return targets, (unit, tokens, units), moments[LAYER], keys, facts
+        return targets, (unit, tokens, held.units), moment, keys, facts
 
     targets, counted, moment, keys, facts = work()
     worker.load = lambda spec: iter([None])  # type: ignore[method-assign]  # the hooks stay
@@ -112,7 +115,7 @@ def test_work_is_halved_until_it_fits(
     assert again[0].keys() == targets.keys()
     for case_id, z_O in targets.items():
         torch.testing.assert_close(again[0][case_id], z_O, rtol=1e-4, atol=1e-5)
-    assert again[1] == counted == (3, 240, [3])
+    assert again[1] == counted == (3, 240, (3,))
     assert again[2].tokens == moment.tokens
     torch.testing.assert_close(again[2].sum_II, moment.sum_II, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(again[3].keys_NI, keys.keys_NI, rtol=1e-4, atol=1e-5)

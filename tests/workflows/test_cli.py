@@ -135,8 +135,10 @@ def test_every_flag_is_a_field_of_the_job_file(
         "json": True, "debug": True, "full": True, "log_format": "json", "executor": "ray",
         "dtype": "float16", "on_bad_row": "skip", "method": "memit", "gate": ["score>=1"],
         "layers": "3-4", "seed": 4, "workers": 2, "gpus_per_worker": 1.0, "tokens": 5,
+        "attempts": 4, "stall_timeout_s": 60.0,
         "matrix_gflops": 50.0, "keep": 3, "keep_days": 1.5, "run": True, "remove": True,
         "quick": True, "format": "lora", "lora_rank": 16,
+        "name": "night-1", "follow": True,
         "prompts": ["a", "b"], "address": "auto", "device": "cpu", "run_id": "x",
     }  # fmt: skip
     given = {name: samples.get(name, f"/{name}") for name in {p.name for p in flags}}

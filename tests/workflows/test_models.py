@@ -107,9 +107,7 @@ def test_a_small_file_of_a_version_that_was_changed(far: Elsewhere) -> None:
     write_manifest(far.root, manifest_of(files=records))
     resolve_model(str(far.root))
     (far.root / "tokenizer.json").write_text("[2]")
-    with pytest.raises(
-        InputError, match=r"tokenizer\.json: was changed since.*if that is meant"
-    ):
+    with pytest.raises(InputError, match=r"tokenizer\.json: was changed since.*if that is meant"):
         resolve_model(str(far.root))
 
 

@@ -1,0 +1,499 @@
+"""The job server of a Ray cluster: submit, look, follow, stop.
+
+One of the modules that import Ray. Knows addresses, tokens and Ray's Jobs API; does not know what a
+job of memedit is (`workflows.submit`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+import ray
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobSubmissionClient, JobType
+
+from memedit.errors import InputError, MemeditError
+
+T = TypeVar("T")
+
+_CONNECT_S, _ANSWER_S = 10.0, 45.0
+"""Ray's client waits for ever, whoever it talks to."""
+_SILENCE_S = 60.0
+"""After as much silence in a log it is asked whether the job is still there."""
+_PATIENCE_S = 300.0
+"""For how long a cluster that has answered before may be away while a job is waited for."""
+_POLL_S = 1.0
+_MARK = "memedit"
+_TALKATIVE = (
+    "dashboard.modules.job.sdk",
+    "dashboard.modules.dashboard_sdk",
+    "_private.runtime_env.packaging",
+)
+"""Modules of Ray's client that tell of every connection and upload."""
+_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobState:
+    """What the cluster says of a job. Times are UTC, in ISO 8601; None where there is none yet."""
+
+    run_id: str
+    command: str | None
+    """The command of memedit that it runs."""
+    state: str
+    """As Ray has it: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+    started: str | None
+    ended: str | None
+    message: str
+    exit_code: int | None
+    """Of the job's own process; None before its end, and if it was stopped or never began."""
+    digest: str | None
+    """What the submitter gave to tell this job from others."""
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will happen."""
+        return self.state in _ENDED
+
+    def summary(self) -> dict[str, Any]:
+        """The fields for people and scripts."""
+        return {name: value for name, value in asdict(self).items() if name != "digest"}
+
+
+class RayJobs:
+    """The jobs of one cluster.
+
+    Args:
+        address: Of the cluster's dashboard, http://HOST:PORT; None takes `RAY_API_SERVER_ADDRESS`,
+            or `RAY_ADDRESS` where that is such an address.
+        token: Of the cluster; None takes the environment's, as Ray does.
+
+    Raises:
+        InputError: Nothing is there, it is not Ray's dashboard, or it does not accept the token.
+    """
+
+    def __init__(self, address: str | None, *, token: str | None = None) -> None:
+        self.address = _dashboard(address)
+        headers = _authorization(token)
+        with _no_other_address():
+            try:
+                self._client = _Client(self.address, headers=headers)
+            except AuthenticationError as error:
+                raise self._refused(error) from error
+            except (ConnectionError, requests.ConnectionError, requests.Timeout) as error:
+                if "Connection aborted" in str(error.__context__):  # it speaks, but not HTTP
+                    raise self._something_else() from error
+                raise self._unreachable(error) from error
+            except Exception as error:  # whatever Ray's client makes of an answer that is not Ray's
+                raise self._something_else() from error
+        for name in _TALKATIVE:
+            logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
+
+    def check_versions(self) -> None:
+        """Refuse a cluster whose Ray or Python is not the one here, by their first two numbers.
+
+        Raises:
+            InputError: Says which versions are where.
+        """
+        theirs = self._ask(self._client.ray_version)
+        if _minor(theirs) != _minor(ray.__version__):
+            raise InputError(
+                f"the cluster at {self.address} has Ray {theirs}, and here is Ray "
+                f"{ray.__version__}; submit from an environment with "
+                f"'ray[default]=={theirs}', or to a cluster with {ray.__version__}",
+                field="address",
+            )
+        python = self._ask(self._client.python_version)
+        here = ".".join(map(str, sys.version_info[:3]))
+        if python is not None and _minor(python) != _minor(here):
+            raise InputError(
+                f"the cluster at {self.address} has Python {python}, and here is Python {here}; "
+                f"submit from an environment with Python {_minor(python)}",
+                field="address",
+            )
+
+    def submit(
+        self,
+        run_id: str,
+        entrypoint: str,
+        *,
+        command: str,
+        digest: str,
+        runtime_env: Mapping[str, Any],
+        cpus: float = 0.0,
+        gpus: float = 0.0,
+    ) -> bool:
+        """Start a job, unless there is one of this name; whether it was started.
+
+        Raises:
+            InputError: The runtime environment is wrong.
+            MemeditError: The cluster takes no job.
+        """
+        try:
+            self._ask(
+                lambda: self._client.submit_job(
+                    entrypoint=entrypoint,
+                    submission_id=run_id,
+                    runtime_env=dict(runtime_env),
+                    metadata={_MARK: command, "digest": digest},
+                    entrypoint_num_cpus=cpus or None,
+                    entrypoint_num_gpus=gpus or None,
+                )
+            )
+        except (TypeError, ValueError, OSError) as error:
+            raise InputError(_last_line(error), field="runtime_env") from error
+        except RuntimeError as error:
+            if "already exists" in str(error):
+                return False
+            if "status code 400" in str(error):
+                raise InputError(_last_line(error), field="runtime_env") from error
+            raise MemeditError(
+                f"the cluster at {self.address} does not take the job: {_last_line(error)}"
+            ) from error
+        return True
+
+    def state(self, run_id: str) -> JobState:
+        """What a job is doing.
+
+        Raises:
+            InputError: The cluster knows no such job.
+        """
+        try:
+            return _state_of(self._ask(lambda: self._client.get_job_info(run_id)))
+        except RuntimeError as error:
+            raise self._no_job(run_id, error) from error
+
+    def all(self) -> list[JobState]:
+        """The jobs of memedit, the newest first."""
+        try:
+            found = self._ask(self._client.list_jobs)
+        except RuntimeError as error:
+            raise MemeditError(
+                f"the cluster at {self.address} does not list its jobs: {_last_line(error)}"
+            ) from error
+        ours = [job for job in found if job.type is JobType.SUBMISSION and _MARK in _metadata(job)]
+        ours.sort(key=lambda job: job.start_time or 0, reverse=True)
+        return [_state_of(job) for job in ours]
+
+    def logs(self, run_id: str) -> str:
+        """All that a job has written so far.
+
+        Raises:
+            InputError: The cluster knows no such job.
+        """
+        try:
+            return self._ask(lambda: self._client.get_job_logs(run_id))
+        except RuntimeError as error:
+            raise self._no_job(run_id, error) from error
+
+    def stop(self, run_id: str) -> bool:
+        """Ask a job to end; whether there was anything to end.
+
+        Raises:
+            InputError: The cluster knows no such job.
+        """
+        try:
+            return self._ask(lambda: self._client.stop_job(run_id))
+        except RuntimeError as error:
+            raise self._no_job(run_id, error) from error
+
+    def follow(self, run_id: str) -> Iterator[str]:
+        """What a job writes, from its first line on, until it has ended.
+
+        Outlives a connection that breaks: what was told already is passed over.
+
+        Raises:
+            InputError: The cluster knows no such job.
+            MemeditError: The cluster was away for too long.
+        """
+        told = 0
+        over = False
+        while not over:
+            # Asked before the log is read, so that what is written until the end is read too.
+            over = self.wait(run_id, timeout_s=0).over
+            read = 0
+            for text in [self.logs(run_id)] if over else self._tail(run_id):
+                read += len(text)
+                if read > told:
+                    yield text[told - read :]
+                    told = read
+            if not over:
+                time.sleep(_POLL_S)
+
+    def wait(self, run_id: str, *, timeout_s: float | None = None) -> JobState:
+        """The state of a job once it has ended, or when the time is over.
+
+        Raises:
+            InputError: The cluster knows no such job.
+            MemeditError: The cluster was away for too long.
+        """
+        until = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        answered = time.monotonic()
+        while True:
+            try:
+                state = self.state(run_id)
+                if state.over or time.monotonic() >= until:
+                    return state
+                answered = time.monotonic()
+            except _AwayError as error:
+                if time.monotonic() - answered > _PATIENCE_S:
+                    raise MemeditError(
+                        f"the cluster at {self.address} has been away for {_PATIENCE_S:g} s; the "
+                        f"job {run_id} may go on without being watched"
+                    ) from error
+            time.sleep(_POLL_S)
+
+    def _tail(self, run_id: str) -> Iterator[str]:
+        """The log from its beginning, as far as one connection goes.
+
+        What ends it, if not the job, the caller learns by asking for the state.
+        """
+        if _in_a_loop():
+            yield self.logs(run_id)
+            return
+        texts: AsyncIterator[str] = self._client.tail_job_logs(run_id)
+
+        async def more() -> str | None:
+            return await asyncio.wait_for(anext(texts, None), _SILENCE_S)
+
+        with asyncio.Runner() as runner:
+            while True:
+                try:
+                    text = runner.run(more())
+                except (TimeoutError, RuntimeError, OSError, aiohttp.ClientError):
+                    return
+                if text is None:
+                    return
+                yield text
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except AuthenticationError as error:
+            raise self._refused(error) from error
+        except requests.RequestException as error:
+            raise self._unreachable(error) from error
+
+    def _refused(self, error: AuthenticationError) -> InputError:
+        wrong = "wrong token" if "Authentication failed" in str(error) else "no token"
+        return InputError(
+            f"the cluster at {self.address} asks for a token ({wrong} was given); set "
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's "
+            "token or a file that holds it",
+            field="address",
+        )
+
+    def _unreachable(self, error: Exception) -> _AwayError:
+        return _AwayError(
+            f"no Ray dashboard was reached at {self.address} ({_reason(error)}); check that the "
+            "cluster runs, that this is the address of its dashboard (port 8265 unless it was "
+            "set), and that the port is open from here",
+            field="address",
+        )
+
+    def _something_else(self) -> InputError:
+        return InputError(
+            f"what answers at {self.address} is not Ray's dashboard; give the address of the "
+            "dashboard of the cluster's head (its port is 8265 unless it was set)",
+            field="address",
+        )
+
+    def _no_job(self, run_id: str, error: RuntimeError) -> MemeditError:
+        if "status code 404" in str(error):
+            return InputError(
+                f"the cluster at {self.address} knows no run {run_id!r}; `memedit status` lists "
+                "those that it knows",
+                field="run_id",
+            )
+        return MemeditError(
+            f"the cluster at {self.address} cannot tell of {run_id}: {_last_line(error)}"
+        )
+
+
+class _AwayError(InputError):
+    """The cluster does not answer, which may pass."""
+
+
+class _Client(JobSubmissionClient):
+    """Ray's client, with a limit on how long an answer may take."""
+
+    def _do_request(self, method: str, endpoint: str, **more: Any) -> Any:
+        more.setdefault("timeout", (_CONNECT_S, _ANSWER_S))
+        return super()._do_request(method, endpoint, **more)
+
+    def ray_version(self) -> str:
+        """Ray's version on the cluster."""
+        return str(self._do_request("GET", "/api/version").json()["ray_version"])
+
+    def python_version(self) -> str | None:
+        """Python's version on the cluster, where the dashboard tells it."""
+        answer = self._do_request("GET", "/api/v0/cluster_metadata")
+        try:
+            found = answer.json()["data"]["pythonVersion"]
+        except (KeyError, TypeError, ValueError):
+            return None
+        return str(found)
+
+
+def _in_a_loop() -> bool:
+    """Whether this thread runs an event loop already, as a notebook does."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _dashboard(address: str | None) -> str:
+    if address is None:
+        address = os.environ.get("RAY_API_SERVER_ADDRESS")
+        if address is None and os.environ.get("RAY_ADDRESS", "").startswith("http"):
+            address = os.environ["RAY_ADDRESS"]
+        if not address:
+            raise InputError(
+                "missing; give --address http://HOST:8265, the cluster's dashboard, or set "
+                "RAY_API_SERVER_ADDRESS",
+                field="address",
+            )
+    try:
+        parts = urlsplit(address)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname)
+        usable = usable and (parts.port is None or parts.port > 0)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise InputError(
+            f"{address!r} is no address of a dashboard; write http://HOST:PORT (the port is 8265 "
+            "unless it was set)",
+            field="address",
+        )
+    if "@" in parts.netloc:
+        raise InputError(
+            "an address with keys in it; the token comes from RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH",
+            field="address",
+        )
+    return address.rstrip("/")
+
+
+def _authorization(token: str | None) -> dict[str, str]:
+    """The header that holds the token, if there is one.
+
+    Looked up here, because Ray's own look-up remembers the first answer of the process.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    if token is None and mode != "disabled":
+        token = os.environ.get("RAY_AUTH_TOKEN")
+        if not token and (path := os.environ.get("RAY_AUTH_TOKEN_PATH")):
+            token = _token_in(Path(path).expanduser(), "RAY_AUTH_TOKEN_PATH")
+        own = Path.home() / ".ray" / "auth_token"
+        if not token and mode == "token" and own.exists():
+            token = _token_in(own, str(own))
+    if not token and mode == "token":
+        raise InputError(
+            "RAY_AUTH_MODE is token, but there is none; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH "
+            "to the cluster's token or a file that holds it",
+            field="address",
+        )
+    if not token:
+        return {}
+    token = token.strip()
+    if not token.isprintable() or not token.isascii():
+        raise InputError("the token holds characters that no token has", field="address")
+    return {"Authorization": f"Bearer {token}"}
+
+
+def _token_in(path: Path, source: str) -> str:
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the token's file: {error}", source=source) from error
+    if not token:
+        raise InputError("the token's file is empty", source=source)
+    return token
+
+
+@contextmanager
+def _no_other_address() -> Iterator[None]:
+    """Ray's client takes the address of its environment before that which it is given."""
+    names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+def _state_of(job: JobDetails) -> JobState:
+    metadata = _metadata(job)
+    return JobState(
+        run_id=job.submission_id or job.job_id or "",
+        command=metadata.get(_MARK),
+        state=job.status.value,
+        started=_time(job.start_time),
+        ended=_time(job.end_time),
+        message=_message(job.message or "", job.driver_exit_code),
+        exit_code=job.driver_exit_code,
+        digest=metadata.get("digest"),
+    )
+
+
+def _metadata(job: JobDetails) -> dict[str, str]:
+    return job.metadata or {}
+
+
+def _time(unix_ms: int | None) -> str | None:
+    if not unix_ms:
+        return None
+    return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(timespec="seconds")
+
+
+def _message(message: str, exit_code: int | None) -> str:
+    """Why a job failed: what it says itself, without the log lines and tracebacks Ray repeats."""
+    if exit_code in (126, 127):
+        return (
+            f"failed with exit code {exit_code}: there is no command memedit on the cluster; "
+            "install it in the cluster's image or name it in --runtime-env"
+        )
+    for line in reversed(message.splitlines() if exit_code else ()):
+        try:
+            told = json.loads(line)["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        return f"failed with exit code {exit_code}: {told}"
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if any(line.startswith("Traceback") for line in lines):
+        return f"{lines[0]} {lines[-1]}"
+    return message.strip()
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost reason of a connection that failed."""
+    inner = error.__context__ if isinstance(error, ConnectionError) else error
+    if isinstance(inner, requests.Timeout):
+        return "no answer"
+    text = str(inner or error).rstrip("')\"")
+    return text.rpartition(": ")[2].strip("'\"()") or "no answer"
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" .")]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,162 @@
+"""The examples for schedulers are what `memedit render` gives, and declare what they should.
+
+That they run memedit on a Ray cluster is tested in `tests/integration/test_schedulers_on_ray.py`.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.examples.schedulers import FOLDER, FailError, imported
+from tests.workflows.kube_schemas import errors_of, validator_of
+from tests.workflows.runs import memedit
+from workflows.cli import cli
+from workflows.jobfile import load_job
+from workflows.settings import EditJob
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "examples" / "README.md"
+FIRED = datetime(2026, 11, 25, 2, 0, tzinfo=UTC)
+RUN_ID = "memedit-nightly-20261125T020000Z"
+
+
+def commands() -> list[list[str]]:
+    """The commands in the page of the examples that made them."""
+    text = re.sub(r"\\\n\s*", "", README.read_text(encoding="utf-8"))
+    lines = re.findall(r"^ *(memedit render .*--out .*)$", text, flags=re.MULTILINE)
+    return [shlex.split(line) for line in lines]
+
+
+def test_the_page_has_a_command_for_each_file() -> None:
+    made = {command[command.index("--out") + 1] for command in commands()}
+    there = {str(p.relative_to(ROOT)) for p in FOLDER.rglob("*") if p.suffix in (".py", ".yaml")}
+    assert made == there and len(there) == 5
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: command[-1])
+def test_each_is_what_render_gives(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    place = command.index("--out") + 1
+    out = tmp_path / "made"
+    assert memedit(*command[1:place], out, *command[place + 1 :]).code == 0
+    assert out.read_text() == (ROOT / command[place]).read_text(), f"run: {shlex.join(command)}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((FOLDER / "kubernetes").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_kuberay_takes_the_manifests(path: Path, shared_data: Path) -> None:
+    for manifest in yaml.safe_load_all(path.read_text()):
+        kind = manifest["kind"].lower()
+        if manifest["apiVersion"] == "ray.io/v1":
+            validator = validator_of(shared_data / "kuberay-crds", f"{kind}s")
+            assert errors_of(validator, manifest) == []
+
+
+# The Python files
+
+
+def test_both_talk_to_ray_in_the_same_words() -> None:
+    texts = [(FOLDER / f"{name}_memedit.py").read_text() for name in ("airflow", "dagster")]
+    airflow, dagster = (t[t.index("NAME = ") : t.index("    return log\n")] for t in texts)
+    assert airflow == dagster and "submit_job" in airflow
+
+
+@pytest.mark.parametrize("scheduler", ["airflow", "dagster"])
+def test_the_command_is_the_job_of_the_file(scheduler: str) -> None:
+    with imported(scheduler) as (module, _):
+        program, command, *arguments = module.COMMAND
+    assert program == "memedit"
+    context = cli.commands[command].make_context(command, [*arguments, f"--run-id={RUN_ID}"])
+    assert context.params.pop("config") is None
+    assignments = context.params.pop("assignments")
+    found = load_job(EditJob, flags=context.params, assignments=assignments)
+    flags = {"executor": "ray", "address": "auto", "log_format": "json", "json": True}
+    config = ROOT / "examples" / "nightly.yaml"
+    assert found == load_job(EditJob, config=config, flags=flags | {"run_id": RUN_ID})
+
+
+@pytest.mark.parametrize("scheduler", ["airflow", "dagster"])
+def test_a_run_is_called_after_its_moment(scheduler: str) -> None:
+    with imported(scheduler) as (module, _):
+        assert module.run_id_of(FIRED) == RUN_ID
+        elsewhere = FIRED.astimezone(timezone(timedelta(hours=9)))
+        assert module.run_id_of(elsewhere) == RUN_ID
+        assert module.run_id_of(FIRED + timedelta(days=1)) != RUN_ID
+
+
+@pytest.mark.parametrize("scheduler", ["airflow", "dagster"])
+def test_reading_the_file_does_not_import_ray(scheduler: str) -> None:
+    """Airflow reads it every half a minute."""
+    code = (
+        "import sys; from tests.examples.schedulers import imported\n"
+        f"with imported({scheduler!r}): print('ray' in sys.modules, 'memedit' in sys.modules)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_the_dag(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with imported("airflow", version=version) as (module, kept):
+        (_, _, dag), (kind, edit, task) = kept
+        assert dag["schedule"] == "0 2 * * *" and dag["dag_id"] == "memedit-nightly"
+        assert dag["catchup"] is False and dag["max_active_runs"] == 1
+        assert dag["start_date"].utcoffset() == timedelta(0)
+        assert kind == "task" and task["retries"] == 2
+        ran: list[str] = []
+        monkeypatch.setattr(module, "run", ran.append)
+        edit(dag_run=SimpleNamespace(logical_date=FIRED))
+        edit(dag_run=SimpleNamespace(logical_date=None, run_after=FIRED))
+        assert ran == [RUN_ID, RUN_ID]
+        for code, error in ((1, module.RunFailedError), (2, FailError), (3, FailError)):
+            monkeypatch.setattr(module, "run", failing(module, code))
+            with pytest.raises(error, match="why"):
+                edit(dag_run=SimpleNamespace(logical_date=FIRED))
+
+
+def test_the_dagster_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    with imported("dagster") as (module, kept):
+        declared = {kind: (function, given) for kind, function, given in kept}
+        schedule, given = declared["schedule"]
+        assert given["cron_schedule"] == "0 2 * * *"
+        assert given["execution_timezone"] == "Etc/UTC"
+        assert given["job"] is declared["job"][0] is module.memedit_nightly
+        request = schedule(SimpleNamespace(scheduled_execution_time=FIRED))
+        assert request.run_key == RUN_ID
+        config = request.run_config["ops"]["edit"]["config"]
+        declared["job"][0]()
+        assert kept[-1][0] == "called" and kept[-1][1] is declared["op"][0]
+        assert module.definitions.schedules == [schedule]
+        edit = declared["op"][0]
+        ran: list[str] = []
+        monkeypatch.setattr(module, "run", lambda run_id, tell: ran.append(run_id))
+        context = SimpleNamespace(log=SimpleNamespace(info=print))
+        edit(context, module.EditConfig(**config))
+        assert ran == [RUN_ID]
+        for code, again in ((1, True), (2, False), (3, False)):
+            monkeypatch.setattr(module, "run", failing(module, code))
+            with pytest.raises(FailError, match="why") as caught:
+                edit(context, module.EditConfig(**config))
+            assert caught.value.more == {"allow_retries": again}
+
+
+def failing(module: Any, code: int) -> Any:
+    def run(run_id: str, **more: Any) -> None:
+        raise module.RunFailedError("why", code)
+
+    return run

@@ -1,0 +1,161 @@
+"""Start a RayJob from within Kubernetes and wait for its end: what a CronJob's pod runs.
+
+`python -m workflows.rayjob_starter FILE`, with `JOB_NAME` and `JOB_UID` of the Kubernetes Job. The
+RayJob is called after the Job, so that a pod that takes the place of a lost one finds it; it
+belongs to the Job and goes with it. Exit codes: 0 the run succeeded; 1 it did not; 2 nothing is
+known, try again. Needs nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import ssl
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+"""Where Kubernetes puts the token of a pod's ServiceAccount."""
+POLL_S = 15.0
+PATIENCE_S = 600.0
+"""For how long the API server may be away."""
+_ENDED = ("Complete", "Failed", "ValidationFailed")
+_REFUSALS = (400, 403, 404, 405, 413, 415, 422)
+"""Answers that will not be others later."""
+
+
+class ApiServer:
+    """The RayJobs of one namespace, in the name of a pod's ServiceAccount.
+
+    Args:
+        address: Of the API server.
+        account: The folder with `token`, `namespace` and `ca.crt`.
+    """
+
+    def __init__(self, address: str, account: Path) -> None:
+        namespace = (account / "namespace").read_text(encoding="utf-8").strip()
+        self._path = f"{address}/apis/ray.io/v1/namespaces/{namespace}/rayjobs"
+        self._token = account / "token"
+        self._tls = None
+        if address.startswith("https://"):
+            self._tls = ssl.create_default_context(cafile=str(account / "ca.crt"))
+
+    def create(self, manifest: Mapping[str, Any]) -> bool:
+        """Start it; False if there is one of this name already."""
+        try:
+            self._ask("POST", self._path, manifest)
+        except urllib.error.HTTPError as error:
+            if error.code == 409:
+                return False
+            raise
+        return True
+
+    def status(self, name: str) -> dict[str, Any] | None:
+        """What KubeRay says of it; None if it is gone."""
+        try:
+            found = self._ask("GET", f"{self._path}/{name}", None)
+        except urllib.error.HTTPError as error:
+            if error.code == 404:
+                return None
+            raise
+        return dict(found.get("status") or {})
+
+    def _ask(self, method: str, url: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+        # Kubernetes replaces the token from time to time.
+        token = self._token.read_text(encoding="utf-8").strip()
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(url, data=data, headers=headers, method=method)
+        with urllib.request.urlopen(request, timeout=30, context=self._tls) as answer:
+            found: dict[str, Any] = json.load(answer)
+        return found
+
+
+def run_of(template: Mapping[str, Any], *, job: str, uid: str) -> dict[str, Any]:
+    """The RayJob of a Job: its name is the run's, in Ray and in memedit, too.
+
+    It is not the Job's: KubeRay calls the Job that submits a RayJob as the RayJob.
+    """
+    name = f"{job}-run"
+    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": job, "uid": uid}
+    spec = template["spec"]
+    return {
+        **template,
+        "metadata": {**template["metadata"], "name": name, "ownerReferences": [owner]},
+        "spec": {**spec, "jobId": name, "entrypoint": f"{spec['entrypoint']} --run-id {name}"},
+    }
+
+
+def start_and_wait(
+    server: ApiServer,
+    run: Mapping[str, Any],
+    *,
+    poll_s: float = POLL_S,
+    patience_s: float = PATIENCE_S,
+) -> int:
+    """The exit code, once the run has ended."""
+    name, told, created = run["metadata"]["name"], "", False
+    heard = time.monotonic()
+    while True:
+        try:
+            if not created:
+                new = server.create(run)
+                created = True
+                print(f"{name}: {'started' if new else 'was started before'}", flush=True)
+            status = server.status(name)
+            heard = time.monotonic()
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code in _REFUSALS:
+                print(f"{name}: refused ({error.code}): {_reason(error)}", flush=True)
+                return 1
+            if time.monotonic() - heard > patience_s:
+                print(f"{name}: the API server does not answer: {error}", flush=True)
+                return 2
+            time.sleep(poll_s)
+            continue
+        if status is None:
+            print(f"{name}: it was deleted", flush=True)
+            return 1
+        state = status.get("jobDeploymentStatus") or "Pending"
+        line = f"{name}: {state} {status.get('jobStatus') or ''} {status.get('message') or ''}"
+        if line != told:
+            print(line.strip(), flush=True)
+            told = line
+        if state in _ENDED:
+            return 0 if status.get("jobStatus") == "SUCCEEDED" else 1
+        time.sleep(poll_s)
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    text = error.read().decode(errors="replace")
+    try:
+        return str(json.loads(text)["message"])
+    except (ValueError, KeyError, TypeError):
+        return text[:200]
+
+
+def main() -> int:
+    """Read the environment of the pod and do it."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    # The first process of a container is not ended by a signal that it has no handler for.
+    signal.signal(signal.SIGTERM, stop)
+    template = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
+    host = f"[{host}]" if ":" in host else host
+    run = run_of(template, job=os.environ["JOB_NAME"], uid=os.environ["JOB_UID"])
+    return start_and_wait(ApiServer(f"https://{host}:{port}", ACCOUNT), run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
