@@ -10,6 +10,7 @@ import pytest
 
 from cluster import removal
 from cluster.registry import Registry
+from cluster.storage import StorageSettings
 from cluster.store import ABSENT, LocalStore, Store
 from memedit.manifest import FactsIdentity, ModelIdentity, TensorRecord
 from tests.cluster.made_versions import TOWER, WEIGHT, days_ago, publish
@@ -61,7 +62,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         location = "s3://bucket/models/registry"
         store = MemoryStore(place=location)
 
-        def open_store(wanted: str) -> Store:
+        def open_store(wanted: str, *, storage: StorageSettings | None = None) -> Store:
             # Neither taken for a path nor shortened to s3:/bucket.
             assert wanted == location
             return store
