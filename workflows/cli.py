@@ -361,6 +361,10 @@ def _perform(action: Action, job: settings.Job, run_id: str) -> Any:
         progress_for(job.log_format, sys.stderr, run_id) as progress,
         _warnings_to(progress.message),
     ):
+        if getattr(job, "executor", "inline") == "ray":
+            from cluster.ray_metrics import Metered
+
+            return function(job, Metered(progress, run_id))
         return function(job, progress)
 
 
