@@ -14,9 +14,10 @@ import shutil
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,8 +25,9 @@ from safetensors.torch import save_file
 
 from memedit.collect import Kept
 from memedit.config import MomentSettings, TargetSettings, digest_of
-from memedit.errors import InputError
+from memedit.errors import InputError, LockError
 from memedit.files import File
+from memedit.lock import exclusive_lock
 from memedit.moments import SecondMoment, check_moment, load_moment, save_moment
 from memedit.requests import EditRequest
 from memedit.targets import Target
@@ -182,7 +184,8 @@ class Artifacts:
 class KeptMoments(Kept):
     """Second moments that are being counted, in the folder of `artifacts`.
 
-    A small file names the units and is written last; it is what makes the others count.
+    A small file names the units and is written last; it is what makes the others count. To be
+    entered: it belongs to one run at a time.
 
     Args:
         artifacts: The folder.
@@ -191,6 +194,20 @@ class KeptMoments(Kept):
 
     def __init__(self, artifacts: Artifacts, digest: str) -> None:
         self.folder = artifacts.folder / "moments" / "unfinished" / digest
+        self._lock = self.folder.with_name(f"{digest}.lock")
+
+    @contextmanager
+    def held(self) -> Iterator[Self | None]:
+        """This, while the block runs; None where another run has it."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(exclusive_lock(self._lock))
+            except LockError:
+                yield None
+            else:
+                yield self
 
     def load(self) -> tuple[frozenset[int], Mapping[int, SecondMoment]]:
         """See `Kept`; what is damaged counts as not kept."""

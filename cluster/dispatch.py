@@ -206,9 +206,10 @@ class Dispatch:
         if self._done[unit]:
             return False
         attempts = self._attempts[unit] = self._attempts.get(unit, 0) + 1
-        if for_good or attempts >= self.rules.attempts:
+        runs = self._runs(unit)  # elsewhere, and may end well
+        if for_good or (attempts >= self.rules.attempts and not runs):
             return self._end(unit)
-        if not self._runs(unit):
+        if not runs:
             self.retried += 1
             wait_s = min(self.rules.longest_wait_s, self.rules.wait_s * 2.0 ** (attempts - 1))
             heapq.heappush(self._waiting, (now + wait_s, unit))

@@ -33,6 +33,8 @@ _LASTING = ("load", "apply")
 _LIVES = 6
 """Deaths of one worker without a finished unit between them, before no new one is started; a death
 before it is ready counts twice."""
+_FOREIGN = (RuntimeError, OSError, MemoryError)
+"""Errors that memedit does not raise on purpose; the process may be of no more use."""
 _LOOK_S = 1.0
 """How often the driver looks round while a worker has nothing to do."""
 
@@ -224,14 +226,17 @@ class RayExecutor(Executor):
             except RayError as error:
                 raise MemeditError(self._obituary(slot, error)) from error
             if slot.seat.version != memedit.__version__:
-                raise InputError(
-                    f"{slot.seat.node} has memedit {slot.seat.version}, this is"
-                    f" {memedit.__version__}; install the same version on every machine"
-                )
+                raise self._other_version(slot.seat)
+        until = time.monotonic() + self._patience_s
         while starting := [slot for slot in self._slots if slot.begun is not None]:
-            ray.wait([slot.begun for slot in starting], num_returns=1)
+            ray.wait([slot.begun for slot in starting], num_returns=1, timeout=_LOOK_S)
             for slot in starting:
                 self._welcome(slot, first=True)
+            if starting and time.monotonic() > until:
+                names = ", ".join(self._name(slot) for slot in starting if slot.begun is not None)
+                raise MemeditError(
+                    f"{names or 'a worker'} has not loaded the model within {self._patience_s:g} s"
+                )
         self._need_workers()
 
     def _launch(self, slot: _Slot) -> None:
@@ -263,6 +268,17 @@ class RayExecutor(Executor):
         except RayError as error:
             self._bury(slot, error)
             return False
+        except _FOREIGN as error:
+            if first:
+                raise
+            self._bury(slot, f"{self._name(slot)} could not begin: {last_line(str(error))}")
+            return False
+        if slot.seat.version != memedit.__version__:
+            wrong = self._other_version(slot.seat)
+            if first:
+                raise wrong
+            self._give_up(slot, str(wrong))
+            return False
         slot.begun = None
         return True
 
@@ -277,9 +293,20 @@ class RayExecutor(Executor):
         self._tell(f"{reason}; another one takes its place")
         self._launch(slot)
 
+    @property
+    def _patience_s(self) -> float:
+        """How long a worker may take to start and to load the model."""
+        return max(self._start_timeout_s, self.rules.stall_s)
+
+    def _other_version(self, seat: Seat) -> InputError:
+        return InputError(
+            f"{seat.node} has memedit {seat.version}, this is {memedit.__version__}; "
+            "install the same version on every machine"
+        )
+
     def _give_up(self, slot: _Slot, reason: str) -> None:
         ray.kill(slot.actor, no_restart=True)
-        slot.begun, slot.gone = None, reason
+        slot.begun, slot.gone, slot.left = None, reason, set()
         self._tell(f"{reason}; it is not started again")
 
     def _need_workers(self) -> None:
@@ -288,7 +315,7 @@ class RayExecutor(Executor):
         Raises:
             MemeditError: None is, and none will be.
         """
-        until = time.monotonic() + self._start_timeout_s
+        until = time.monotonic() + self._patience_s
         while not any(slot.ready for slot in self._slots):
             starting = [slot for slot in self._slots if slot.begun is not None]
             if not starting:
@@ -296,8 +323,8 @@ class RayExecutor(Executor):
                 raise MemeditError(f"no worker is left: {reasons}; {_AGAIN}")
             if time.monotonic() > until:
                 raise MemeditError(
-                    f"all workers have died, and the cluster has started no other within"
-                    f" {self._start_timeout_s:g} s; {_AGAIN}"
+                    f"all workers have died, and no other was started and has loaded the model"
+                    f" within {self._patience_s:g} s; {_AGAIN}"
                 )
             ray.wait([slot.begun for slot in starting], num_returns=1, timeout=_LOOK_S)
             for slot in starting:
@@ -322,10 +349,12 @@ class RayExecutor(Executor):
         calls: dict[Any, tuple[_Slot, int]] = {}
         joined: set[int] = set()
 
-        def feed(slot: _Slot) -> None:
+        def join(slot: _Slot) -> None:
             if slot.number not in joined:
                 joined.add(slot.number)
                 dispatch.joined(slot.number, time.monotonic())
+
+        def feed(slot: _Slot) -> None:
             while (unit := dispatch.take(slot.number, time.monotonic())) is not None:
                 given = rest(unit) if rest is not None else units[unit]
                 if given is None:  # another attempt has given all there was to give
@@ -348,9 +377,11 @@ class RayExecutor(Executor):
         try:
             while not dispatch.ended():
                 self._need_workers()
-                for slot in self._slots:
-                    if slot.free:
-                        feed(slot)
+                free = [slot for slot in self._slots if slot.free]
+                for slot in free:  # all of them first, or their units would seem nobody's
+                    join(slot)
+                for slot in free:
+                    feed(slot)
                 if dispatch.ended():
                     break
                 for event in self._await(calls, dispatch):
@@ -370,7 +401,7 @@ class RayExecutor(Executor):
                     except RayError as error:
                         yield from lose(slot, error)
                         continue
-                    except (RuntimeError, OSError, MemoryError) as error:
+                    except _FOREIGN as error:
                         # Such as a broken CUDA context: the process may be of no more use.
                         yield from lose(slot, f"{self._name(slot)} failed: {last_line(str(error))}")
                         continue
@@ -396,6 +427,9 @@ class RayExecutor(Executor):
         busy = {slot.number for slot, _ in calls.values()}
         if len(busy) < len([slot for slot in self._slots if slot.free]):
             timeout_s = min(timeout_s, _LOOK_S)
+        if not calls and not others:
+            time.sleep(timeout_s)  # until a unit that has failed may be tried again
+            return []
         happened: list[Any]
         happened, rest = ray.wait([*calls, *others], num_returns=1, timeout=timeout_s)
         if happened and rest:  # all that are there, for a look at each call costs time
@@ -405,7 +439,7 @@ class RayExecutor(Executor):
     def _notice(self, event: Any) -> None:
         """Something that no unit waits for: a worker is ready, or done with what is not needed."""
         for slot in self._slots:
-            if event is slot.begun:
+            if event == slot.begun:  # through ray:// it is another object each time
                 self._welcome(slot)
             elif event in slot.left:
                 try:
@@ -441,6 +475,7 @@ class RayExecutor(Executor):
         stored = [ray.put(argument) for argument in arguments]
         if method not in _LASTING:
             return self._broadcast(method, stored)
+        ready = [slot for slot in self._slots if slot.ready]
         for slot in self._slots:  # who is just beginning does it after that
             if slot.begun is not None:
                 slot.begun = slot.actor.follow.remote(method, *stored)
@@ -451,15 +486,23 @@ class RayExecutor(Executor):
                 ray.kill(slot.actor, no_restart=True)
                 self._launch(slot)
         try:
-            return self._broadcast(method, stored)
+            return self._broadcast(method, stored, [slot for slot in ready if slot.ready])
         except BaseException:
             self._story = before
             raise
 
-    def _broadcast(self, method: str, stored: Sequence[Any]) -> list[Any]:
+    def _broadcast(
+        self, method: str, stored: Sequence[Any], chosen: list[_Slot] | None = None
+    ) -> list[Any]:
+        """Call it on the `chosen` workers, or on all that are ready, until one has answered.
+
+        Where workers were chosen, all others do it by themselves before they are ready.
+        """
         while True:
-            self._need_workers()
-            slots = [slot for slot in self._slots if slot.ready]
+            slots = chosen
+            if slots is None:
+                self._need_workers()
+                slots = [slot for slot in self._slots if slot.ready]
             calls = {slot.actor.collect.remote(method, *stored): slot for slot in slots}
             items: dict[int, Any] = {}
             until = time.monotonic() + self.rules.stall_s
@@ -476,9 +519,11 @@ class RayExecutor(Executor):
                         (items[slot.number],) = self._result(call)
                     except RayError as error:
                         self._bury(slot, error)
+                    except _FOREIGN as error:
+                        self._bury(slot, f"{self._name(slot)} failed: {last_line(str(error))}")
             if items:  # in the order of the workers, so that sums are the same each time
                 return [items[number] for number in sorted(items)]
-            if method in _LASTING:
+            if chosen is not None:
                 self._need_workers()  # new ones have done it before they were ready
                 return [None]
 

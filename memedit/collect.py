@@ -28,7 +28,7 @@ KEEP_S = 300.0
 
 
 class Kept(Protocol):
-    """Where a collection that is under way is kept."""
+    """Where a collection that is under way is kept, by one run at a time."""
 
     def load(self) -> tuple[frozenset[int], Mapping[int, SecondMoment]]:
         """The units that were counted, and their moments by layer; nothing if there are none."""
@@ -149,17 +149,23 @@ class _Collection:
             small += [part.facts[layer] for part in held if layer in part.facts]
             merged = functools.reduce(SecondMoment.merge, small)
             width = merged.sum_II.shape[1]
-            sum_II = reduce_rows(self.executor, held, "moments", layer, (width, width))
+            sum_II = reduce_rows(
+                self.executor,
+                held,
+                "moments",
+                layer,
+                (width, width),
+                onto=None if known is None else known.sum_II,  # read anew each time
+            )
             if sum_II is not None:
-                if known is not None:
-                    sum_II += known.sum_II
                 return replace(merged, sum_II=sum_II)
 
     def _save(self, kept: Kept) -> None:
         kept.save(self.wanted, (self.moment(layer) for layer in self.layers))
-        self.executor.broadcast("forget", "moments")
         self.before, self.moments = kept.load()
-        self.wanted = set(self.before)
+        if self.before != self.wanted:
+            raise RuntimeError("what was counted could not be kept: something else is there")
+        self.executor.broadcast("forget", "moments")
         self.saved = time.monotonic()
 
     def end(self) -> None:

@@ -19,16 +19,30 @@ from memedit.tally import Held
 
 
 def reduce_rows(
-    executor: Executor, held: list[Held], kind: str, name: Any, shape: tuple[int, int]
+    executor: Executor,
+    held: list[Held],
+    kind: str,
+    name: Any,
+    shape: tuple[int, int],
+    *,
+    onto: Tensor | None = None,
 ) -> Tensor | None:
     """The sum of one matrix over all workers, float64 on the CPU.
 
     Added in the order of the workers, so that the bits are the same whenever the parts are.
 
+    Args:
+        executor: The workers.
+        held: What they have said that they hold.
+        kind: Which sums.
+        name: Which matrix of them.
+        shape: Its shape.
+        onto: Added to, in place, instead of zeros.
+
     Returns:
         None if a worker has died since `held` was asked for.
     """
-    total = torch.zeros(shape, dtype=torch.float64)
+    total = torch.zeros(shape, dtype=torch.float64) if onto is None else onto
     states = [part.state for part in held]
     for start, stop in row_blocks(shape):
         parts = executor.broadcast("rows", kind, name, start, stop)

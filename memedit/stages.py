@@ -98,6 +98,8 @@ def find_targets(
                 losses, done = losses + target.losses[-1], done + 1
                 progress.advance("targets", 1, loss=losses / done)
     progress.finish("targets")
+    # Another attempt at the same fact may have ended well meanwhile.
+    quarantined = {case_id: why for case_id, why in quarantined.items() if case_id not in found}
     return [found[_id(r)] for r in requests if _id(r) in found], quarantined
 
 
@@ -169,6 +171,8 @@ def solve_layers(
         device: Where the solve runs, in float64.
         progress: Told of each layer.
     """
+    if [target.case_id for target in targets] != [_id(request) for request in requests]:
+        raise ValueError("the targets are not those of the requests, in their order")
     progress.start("solve", total=len(layers), unit="layers")
     z_NO = torch.stack([target.z_O for target in targets])
     units = [
@@ -255,7 +259,8 @@ def _sums(
     executor.broadcast("forget", "keys")
     norms: dict[int, float] = {}
     calls = {
-        start: (start, facts, z_NO[start : start + len(facts)], share, layer, last_layer)
+        # A view would take the z vectors of all facts along to each worker.
+        start: (start, facts, z_NO[start : start + len(facts)].clone(), share, layer, last_layer)
         for start, facts in units
     }
     missing = list(calls)

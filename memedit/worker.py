@@ -104,7 +104,9 @@ class Worker:
         tally.units.append(unit)
         for layer, moment in self._accumulator.moments.items():
             tally.matrices[layer] = moment.sum_II
-            tally.facts[layer] = replace(moment, sum_II=moment.sum_II[:0].cpu())
+            # No view: it would take the whole matrix along wherever it is sent.
+            empty_0I = torch.empty((0, moment.sum_II.shape[1]), dtype=torch.float64)
+            tally.facts[layer] = replace(moment, sum_II=empty_0I)
         yield unit, sum(map(len, windows)), spreads
 
     def _tally(self, kind: str) -> Tally:
@@ -121,7 +123,10 @@ class Worker:
         """Some rows of one of the sums, float64 on the CPU, with the state that they are of."""
         tally = self._tally(kind)
         matrix = tally.matrices.get(name)
-        yield tally.state, None if matrix is None else matrix[start:stop].double().cpu()
+        if matrix is None:
+            yield tally.state, None
+        else:  # a copy: a view would be sent with the whole matrix
+            yield tally.state, matrix[start:stop].to("cpu", torch.float64, copy=True)
 
     def forget(self, kind: str) -> Iterator[None]:
         """Let go of the sums of a kind."""

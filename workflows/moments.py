@@ -251,15 +251,17 @@ def moments_for(
         progress.finish("stats")
         return stored
     windows = source.windows(executor, progress)
-    for moment in collect_moments(
-        executor,
-        windows,
-        layers=settings.layers,
-        settings=settings.moments,
-        progress=progress,
-        kept=KeptMoments(artifacts, digest_of(digests, windows_digest(windows))),
-    ):
-        artifacts.keep_moment(digests[moment.layer], moment)
+    unfinished = KeptMoments(artifacts, digest_of(digests, windows_digest(windows)))
+    with unfinished.held() as kept:
+        for moment in collect_moments(
+            executor,
+            windows,
+            layers=settings.layers,
+            settings=settings.moments,
+            progress=progress,
+            kept=kept,
+        ):
+            artifacts.keep_moment(digests[moment.layer], moment)
     return stored
 
 

@@ -133,6 +133,7 @@ def submit(
     job = dataclasses.replace(named, run_id=run_id)
     environment = _environment(runtime_env or {})
     with ExitStack() as stack:
+        facts = named.facts if upload and hasattr(named, "facts") else None
         if upload:
             job, folder = stack.enter_context(_packed(job))
             if "working_dir" in environment:
@@ -142,7 +143,7 @@ def submit(
             environment["working_dir"] = str(folder)
         job, paths = on_cluster(job, uploaded=("facts",) if upload else ())
         entrypoint = entrypoint_of(job)
-        digest = hashlib.sha256(entrypoint.encode()).hexdigest()
+        digest = _digest(entrypoint, runtime_env or {}, Path(facts) if facts else None)
         jobs = _jobs(address, token)
         jobs.check_versions()
         started = jobs.submit(
@@ -234,6 +235,13 @@ def _packed(job: Job) -> Iterator[tuple[Job, Path]]:
             yield dataclasses.replace(there, facts=path.name), Path(folder)
     except OSError as error:
         raise InputError(f"cannot read the fact table: {error}", field="facts") from error
+
+
+def _digest(entrypoint: str, runtime_env: Mapping[str, Any], facts: Path | None) -> str:
+    """Identity of what is run: the command, where it runs, and what is sent along."""
+    content = b"" if facts is None else facts.read_bytes()
+    told = json.dumps([entrypoint, runtime_env], sort_keys=True, default=str).encode()
+    return hashlib.sha256(told + b"\0" + content).hexdigest()
 
 
 def _environment(runtime_env: Mapping[str, Any]) -> dict[str, Any]:

@@ -126,3 +126,14 @@ def test_other_windows_are_another_collection(windows: list[list[int]]) -> None:
     assert windows_digest(windows) == windows_digest([list(w) for w in windows])
     assert windows_digest(windows) != windows_digest(windows[1:] + windows[:1])
     assert windows_digest([[1, 2], [3]]) != windows_digest([[1], [2, 3]])
+
+
+def test_a_collection_belongs_to_one_run(tmp_path: Path) -> None:
+    first, second = (KeptMoments(Artifacts(tmp_path), "digest") for _ in range(2))
+    with first.held() as mine:
+        assert mine is first
+        with second.held() as theirs:
+            assert theirs is None
+    with second.held() as theirs:
+        assert theirs is second
+    assert not list(tmp_path.rglob("*.lock"))

@@ -192,3 +192,24 @@ def test_every_unit_ends_once_whatever_happens(
 @pytest.mark.parametrize("sticky", [False, True])
 def test_nothing_to_do_is_done(sticky: bool) -> None:
     assert dispatch(0, 2, sticky=sticky).ended()
+
+
+def test_what_runs_elsewhere_is_not_given_up() -> None:
+    made = Dispatch(2, workers=2, rules=Rules(attempts=1, straggler=2.0), copies=True)
+    for worker in (0, 1):
+        made.joined(worker, 0.0)
+    assert made.take(0, 0.0) == 0 and made.take(1, 0.0) == 1
+    assert made.done(1, 1, 1.0)
+    assert made.take(1, 5.0) == 0  # a copy
+    assert made.lost(0, 6.0) == [] and not made.ended()
+    assert made.done(1, 0, 7.0) and made.ended()
+
+
+def test_a_copy_that_is_lost_last_is_given_up() -> None:
+    made = Dispatch(2, workers=2, rules=Rules(attempts=1, straggler=2.0), copies=True)
+    for worker in (0, 1):
+        made.joined(worker, 0.0)
+    assert made.take(0, 0.0) == 0 and made.take(1, 0.0) == 1
+    assert made.done(1, 1, 1.0) and made.take(1, 5.0) == 0
+    assert made.lost(0, 6.0) == []
+    assert made.lost(1, 6.0) == [0] and made.ended()

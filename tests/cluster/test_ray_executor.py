@@ -141,6 +141,11 @@ def test_sticky_units_return_to_their_worker(fresh: RayExecutor) -> None:
         fresh.broadcast("forget", "moments")
 
 
+def test_few_units_go_to_all_workers(fresh: RayExecutor) -> None:
+    list(fresh.map("count", windows(2), sticky=True))
+    assert [held.units for held in fresh.broadcast("held", "moments")] == [(0,), (1,)]
+
+
 def test_the_pools_of_a_worker_are_as_small_as_its_share(executor: RayExecutor) -> None:
     for seat in executor.seats:
         assert b"OMP_NUM_THREADS=1\0" in Path(f"/proc/{seat.pid}/environ").read_bytes()

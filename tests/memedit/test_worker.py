@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -129,3 +130,13 @@ def test_what_does_not_fit_alone_is_an_error(worker: Worker, small_device: list[
     encoded = [encode_request(worker.loaded.tokenizer, r, ("{} " * 30 + "{}",)) for r in REQUESTS]
     with pytest.raises(torch.OutOfMemoryError):
         list(worker.targets(encoded, LAYER, TargetSettings(steps=4)))
+
+
+def test_rows_and_facts_are_sent_without_the_rest(worker: Worker) -> None:
+    list(worker.count(0, [[5, 6, 7, 8]], (LAYER,), True))
+    (held,) = worker.held("moments")
+    ((_, rows),) = worker.rows("moments", LAYER, 0, 2)
+    assert rows is not None and rows.shape == (2, INNER)
+    assert len(pickle.dumps(rows)) < 2 * INNER * 8 + 2000
+    assert held.facts[LAYER].sum_II.shape == (0, INNER)
+    assert held.facts[LAYER].sum_II.untyped_storage().nbytes() == 0

@@ -23,6 +23,7 @@ import click
 import pytest
 import requests
 
+import workflows.submit as submit_module
 from cluster import ray_jobs
 from cluster.ray_jobs import JobState
 from memedit.errors import InputError, MemeditError
@@ -641,3 +642,18 @@ def test_only_runs_of_memedit_are_listed(cluster: Dashboard) -> None:
 
 def test_the_commands_are_there() -> None:
     assert {"status", "logs", "stop"} <= JOBS.keys()
+
+
+def test_what_is_sent_along_makes_another_job(tmp_path: Path) -> None:
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text("1")
+    same = submit_module._digest("memedit edit", {"a": 1, "b": 2}, facts)
+    assert submit_module._digest("memedit edit", {"b": 2, "a": 1}, facts) == same
+    facts.write_text("2")
+    others = {
+        submit_module._digest("memedit edit", {"a": 1, "b": 2}, facts),
+        submit_module._digest("memedit edit", {"a": 1}, facts),
+        submit_module._digest("memedit stats", {"a": 1}, facts),
+        submit_module._digest("memedit stats", {"a": 1}, None),
+    }
+    assert len(others | {same}) == 5
