@@ -135,6 +135,8 @@ class S3Publication(Publication):
             # What a dead run has left may go: nobody else can be alive here.
             dead = self._own is None or self._own.taken_over
             left = self._names() - _NOTES
+            if left & _ENDS:  # beside a version, of a run that was killed at its very end
+                self.place.delete([UNFINISHED_NAME])
             if left & _ENDS or (left and not dead):
                 raise self._not_empty()
             if dead:
