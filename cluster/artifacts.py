@@ -184,8 +184,8 @@ class Artifacts:
 class KeptMoments(Kept):
     """Second moments that are being counted, in the folder of `artifacts`.
 
-    A small file names the units and is written last; it is what makes the others count. To be
-    entered: it belongs to one run at a time.
+    A small file names the units and is written last; it is what makes the others count. It belongs
+    to one run at a time: to the one inside `held`.
 
     Args:
         artifacts: The folder.
@@ -199,8 +199,8 @@ class KeptMoments(Kept):
     @contextmanager
     def held(self) -> Iterator[Self | None]:
         """This, while the block runs; None where another run has it."""
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self._lock):
+            self._lock.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:
                 stack.enter_context(exclusive_lock(self._lock))

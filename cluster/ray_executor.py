@@ -1,31 +1,28 @@
 """The executor on Ray: one actor per worker, each holding a `memedit.worker.Worker`.
 
-Knows how units travel, what a death looks like and how a new worker gets into the state of the one
-that died; which unit goes where next is decided in `cluster.dispatch`. Does not know what the units
-are.
+Knows how units travel, what a death looks like and what a new worker has to do again; which unit
+goes where next is decided in `cluster.dispatch`. Does not know what the units are.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 import memedit
 from cluster.dispatch import Dispatch, Rules
-from cluster.placement import Placement, place
+from cluster.placement import place
+from cluster.ray_actor import Actor, Seat
 from cluster.ray_cluster import connect, last_line, machines
 from memedit.errors import InputError, MemeditError, NumericalError
 from memedit.executor import Executor, Failed
 from memedit.files import LocalFiles
 from memedit.model import ModelSpec
-from memedit.worker import Worker
 
 _AGAIN = "run the same command again: finished work is kept"
 _LASTING = ("load", "apply")
@@ -37,75 +34,6 @@ _FOREIGN = (RuntimeError, OSError, MemoryError)
 """Errors that memedit does not raise on purpose; the process may be of no more use."""
 _LOOK_S = 1.0
 """How often the driver looks round while a worker has nothing to do."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seat:
-    """Where a worker runs."""
-
-    node: str
-    pid: int
-    version: str
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.node}"
-
-
-class _Actor:
-    """A `Worker` in a Ray process of its own."""
-
-    def __init__(self, placement: Placement) -> None:
-        self._placement = placement
-        self._node: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        self._worker: Worker | None = None
-
-    def seat(self) -> Seat:
-        return Seat(node=self._node, pid=os.getpid(), version=memedit.__version__)
-
-    def begin(self, spec: ModelSpec, story: Sequence[tuple[str, list[Any]]]) -> Seat:
-        """Load the model and do again what has changed it."""
-        if story and story[0][0] == "load":  # what was loaded first is not needed any more
-            (_, (newest,)), story = story[0], story[1:]
-            spec = ray.get(newest)
-        self._worker = Worker(self._here(spec), threads=self._placement.threads)
-        for method, stored in story:
-            self.collect(method, *ray.get(stored))
-        return self.seat()
-
-    def follow(self, method: str, *arguments: Any) -> Seat:
-        """Do what was asked for after `begin` was."""
-        self.collect(method, *arguments)
-        return self.seat()
-
-    def stream(self, method: str, *arguments: Any) -> Iterator[Any]:
-        if self._worker is None:
-            raise MemeditError("this worker could not load the model")
-        given = (self._here(a) if isinstance(a, ModelSpec) else a for a in arguments)
-        # Not `yield from`: Ray resumes with a value, which a plain iterator behind it cannot take.
-        for item in getattr(self._worker, method)(*given):  # noqa: UP028
-            yield item
-
-    def collect(self, method: str, *arguments: Any) -> list[Any]:
-        return list(self.stream(method, *arguments))
-
-    def _here(self, spec: ModelSpec) -> ModelSpec:
-        """The same model for this process, which sees other GPUs and perhaps other folders."""
-        if spec.files.here is not None and not spec.files.here.is_dir():
-            raise InputError(
-                f"the worker on {self._node} sees no such folder; put it where every machine of "
-                "the cluster finds it under the same path, or into object storage",
-                source=spec.files.here,
-            )
-        if spec.device == "cpu":
-            return spec
-        if not torch.cuda.is_available():
-            raise InputError(
-                f"torch {torch.__version__} on {self._node} sees no GPU there, though the cluster "
-                "lends one; install a CUDA build of torch on it, or use the device cpu",
-                field="device",
-            )
-        # Ray shows a process only the GPUs it was given.
-        return replace(spec, device="cuda")
 
 
 @dataclass(kw_only=True)
@@ -244,7 +172,7 @@ class RayExecutor(Executor):
         # Before torch is imported, so that no library makes a larger pool.
         threads, gpus = self._placement.threads, self._placement.gpus
         pools = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        make = ray.remote(_Actor).options(
+        make = ray.remote(Actor).options(
             num_cpus=threads,
             num_gpus=gpus,
             max_restarts=0,
@@ -254,33 +182,26 @@ class RayExecutor(Executor):
         slot.actor, slot.seat, slot.left = make.remote(self._placement), None, set()
         slot.begun = slot.actor.begin.remote(self._spec, self._story)
 
-    def _welcome(self, slot: _Slot, *, first: bool = False) -> bool:
-        """Look whether a starting worker is ready by now; whether it is."""
+    def _welcome(self, slot: _Slot, *, first: bool = False) -> None:
+        """Take in a starting worker if it is ready by now, or see why it never will be."""
         if slot.begun is None or not ray.wait([slot.begun], timeout=0)[0]:
-            return False
+            return
         try:
             slot.seat = self._result(slot.begun)
         except MemeditError as error:
             if first:
                 raise
             self._give_up(slot, f"a new worker could not begin: {error}")
-            return False
         except RayError as error:
             self._bury(slot, error)
-            return False
         except _FOREIGN as error:
             if first:
                 raise
             self._bury(slot, f"{self._name(slot)} could not begin: {last_line(str(error))}")
-            return False
-        if slot.seat.version != memedit.__version__:
-            wrong = self._other_version(slot.seat)
-            if first:
-                raise wrong
-            self._give_up(slot, str(wrong))
-            return False
-        slot.begun = None
-        return True
+        else:
+            if slot.seat.version != memedit.__version__:  # its machine came back with another image
+                self._give_up(slot, str(self._other_version(slot.seat)))
+            slot.begun = None
 
     def _bury(self, slot: _Slot, error: Exception | str) -> None:
         """Replace a worker that has died, or is to."""
@@ -447,7 +368,7 @@ class RayExecutor(Executor):
                 except RayError as error:
                     slot.left.clear()
                     self._bury(slot, error)
-                except Exception:
+                except Exception:  # nobody waits for the result, nor for what went wrong with it
                     slot.left.discard(event)
                 else:
                     if not more:

@@ -205,9 +205,9 @@ def test_a_gpu_device_without_gpus_is_refused(ray_cluster: Any, model: Path) -> 
 def test_the_device_of_a_worker(
     ray_cluster: Any, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cluster.ray_executor import _Actor
+    from cluster.ray_actor import Actor
 
-    actor = _Actor(Placement(workers=1, threads=1, gpus=1))
+    actor = Actor(Placement(workers=1, threads=1, gpus=1))
     on_cpu, on_gpu = (
         ModelSpec(files=LocalFiles(model), device=device) for device in ("cpu", "cuda:3")
     )

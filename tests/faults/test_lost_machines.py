@@ -117,7 +117,7 @@ def test_a_driver_that_is_killed_goes_on_where_it_was(folder: Path, tmp_path: Pa
     assert 6 <= before < 24 and not out.exists()
     token = environment["RAY_AUTH_TOKEN"]
     # Ray's own agents may outlive a Ray that lost its driver; no worker does.
-    working = "ray::_Actor"
+    working = "ray::Actor"
     assert comes_true(
         lambda: not any(working in command for command in processes_with(token).values()),
         within_s=60,
