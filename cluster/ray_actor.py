@@ -89,4 +89,4 @@ class Actor:
                 field="device",
             )
         # Ray shows a process only the GPUs it was given.
-        return replace(spec, device="cuda")
+        return replace(spec, device="cuda", gpus=max(1, int(self._placement.gpus)))

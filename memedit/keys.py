@@ -150,7 +150,8 @@ class KeyPass:
 
 def _scatter(out: Tensor | None, texts: int, chunk: _Chunk, states_BTX: Tensor) -> Tensor:
     """Put the states at each row's last token where the row's text belongs, [texts, X]."""
-    last_BX = states_BTX[torch.arange(len(chunk.texts)), chunk.rows.lengths_B - 1].float().cpu()
+    last_B = (chunk.rows.lengths_B - 1).to(states_BTX.device)
+    last_BX = states_BTX[torch.arange(len(chunk.texts)), last_B].float().cpu()
     if out is None:
         out = torch.empty(texts, last_BX.shape[1])
     out[chunk.texts] = last_BX

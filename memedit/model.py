@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import get_max_memory
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -43,6 +44,8 @@ class ModelSpec:
     files: Files
     device: str = "cpu"
     dtype: str = "float32"
+    gpus: int = 1
+    """GPUs over which the blocks are spread, the first ones that the process sees."""
     until_layer: int | None = None
     overrides: Mapping[str, str] = field(default_factory=dict)
     editable: bool = True
@@ -156,7 +159,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     except Exception as error:
         raise InputError(f"the model could not be loaded: {error}", source=place) from error
     _check_report(report, place)
-    model.eval().to(spec.device)
+    model.eval()
     return LoadedModel(model=model, tokenizer=load_tokenizer(spec.files), known_arch=arch)
 
 
@@ -202,6 +205,7 @@ def _loaded(spec: ModelSpec, config: PretrainedConfig) -> tuple[Any, dict[str, A
         "dtype": DTYPES[spec.dtype],
         "use_safetensors": True,
         "output_loading_info": True,
+        **_placement(spec),
     }
     loaded: Any
     if spec.files.here is not None:
@@ -209,15 +213,37 @@ def _loaded(spec: ModelSpec, config: PretrainedConfig) -> tuple[Any, dict[str, A
         loaded = AutoModelForCausalLM.from_pretrained(spec.files.here, **options)
     else:  # without a path, only the class of the model itself takes tensors
         kind: Any = type(skeleton(config))
-        if spec.device != "cpu":
-            # Each tensor goes there at once, and its page-locked memory is used again.
-            options["device_map"] = {"": spec.device}
         loaded = kind.from_pretrained(None, state_dict=_lazy_tensors(spec), **options)
         # A path would have brought it; chat models have more tokens that end a text there.
         if spec.files.size("generation_config.json") is not None:
             loaded[0].generation_config = GenerationConfig.from_pretrained(_folder(spec.files))
     model, report = loaded
+    if {"cpu", "disk"} & set(map(str, getattr(model, "hf_device_map", {}).values())):
+        raise InputError(
+            f"the model does not fit {spec.gpus} GPUs; give each worker more",
+            field="gpus_per_worker",
+        )
     return model, report
+
+
+def _placement(spec: ModelSpec) -> dict[str, Any]:
+    """Where transformers puts each tensor as soon as it is read: never a second copy in memory.
+
+    Over several GPUs accelerate spreads the weights evenly, and never splits a block.
+    """
+    if torch.device(spec.device).type == "cpu":
+        return {}
+    if spec.gpus == 1:
+        return {"device_map": {"": spec.device}}
+    free_bytes = get_max_memory()
+    rooms = {i: free_bytes[i] for i in range(spec.gpus) if i in free_bytes}
+    if len(rooms) < spec.gpus:
+        raise InputError(
+            f"{spec.gpus} GPUs for a worker, and its process sees {len(rooms)}",
+            field="gpus_per_worker",
+        )
+    # What is left over goes to the host, which `_loaded` refuses.
+    return {"device_map": "balanced", "max_memory": {**rooms, "cpu": free_bytes["cpu"]}}
 
 
 class _LazyTensor:

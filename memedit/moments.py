@@ -194,6 +194,7 @@ class MomentAccumulator:
         return spreads
 
     def _count(self, layer: int, keys_BTI: Tensor, real_BT: Tensor) -> Spread:
+        real_BT = real_BT.to(keys_BTI.device)  # a layer's sums stay on its own device
         later_BT = real_BT.clone()
         later_BT[:, 0] = False
         counted_BT = real_BT if self.count_0 else later_BT

@@ -4,14 +4,18 @@ A decoder's forward pass embeds, runs its blocks and applies a head. Here blocks
 stubs, stopped after, or asked for logits at some positions only, without re-implementing any
 family's attention: the model's own `forward` always does the work. Knows blocks and caches; does
 not know facts or losses.
+
+Blocks may lie on several devices. accelerate's hooks then move what goes into a block, and bring
+logits back to where the token ids were; all else that a block gives stays on its device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain, groupby
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +23,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from memedit.architecture import Architecture
+
+States: TypeAlias = tuple[Tensor, ...]
+"""Keys and values of some blocks, alternating, stacked on the first axis: one tensor for each
+device in turn, so a single one where the model is on one device."""
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
@@ -108,7 +116,9 @@ def head_positions(head: nn.Module, rows: Tensor, cols: Tensor) -> Iterator[None
     """
 
     def gather(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][rows, cols].unsqueeze(0), *args[1:])
+        hidden_BTO = args[0]
+        at = rows.to(hidden_BTO.device), cols.to(hidden_BTO.device)
+        return (hidden_BTO[at].unsqueeze(0), *args[1:])
 
     with _handle(head.register_forward_pre_hook(gather)):
         yield
@@ -151,7 +161,7 @@ class Rows:
                 "position_ids": positions,
                 "use_cache": False,
             }
-        before = self.prefix.mask_BP
+        before = self.prefix.mask_BP.to(device)
         return {
             "input_ids": self.input_ids_BT,
             "attention_mask": torch.cat([before, before.new_ones(batch, width)], dim=1),
@@ -186,44 +196,65 @@ class FrozenLayer(DynamicLayer):
 class Prefix:
     """Frozen keys and values of the tokens before some rows, left-padded to one width P.
 
-    mask_BP is 0 where there is padding. states_KBhPd stacks the keys and the values of the blocks
-    from `first` on, alternating; the blocks before have none and must be skipped.
+    mask_BP is 0 where there is padding. `states` are those of the blocks from `first` on, each
+    tensor [K, B, h, P, d]; the blocks before have none and must be skipped.
     """
 
     mask_BP: Tensor
-    states_KBhPd: Tensor
+    states: States
     first: int = 0
 
     @classmethod
-    def join(cls, rows: Sequence[Tensor], *, first: int = 0) -> Prefix:
-        """Pad the states of single rows, each [K, h, P_row, d], to one width."""
-        like = rows[0]
+    def join(cls, rows: Sequence[States], *, first: int = 0) -> Prefix:
+        """Pad the states of single rows, each tensor [K, h, P_row, d], to one width."""
+        lengths = [row[0].shape[2] for row in rows]
         # At least one column, so that rows without any prefix need no special case anywhere.
-        width = max(1, *(row.shape[2] for row in rows))
-        states = like.new_zeros(like.shape[0], len(rows), like.shape[1], width, like.shape[3])
-        mask_BP = torch.zeros(len(rows), width, dtype=torch.long, device=like.device)
-        for b, row in enumerate(rows):
-            start = width - row.shape[2]
-            states[:, b, :, start:] = row
-            mask_BP[b, start:] = 1
-        return cls(mask_BP=mask_BP, states_KBhPd=states, first=first)
+        width = max(1, *lengths)
+        mask_BP = torch.zeros(len(rows), width, dtype=torch.long, device=rows[0][0].device)
+        for b, length in enumerate(lengths):
+            mask_BP[b, width - length :] = 1
+        states = tuple(_padded(run, width) for run in zip(*rows, strict=True))
+        return cls(mask_BP=mask_BP, states=states, first=first)
 
-    def rows(self, *, first: int = 0) -> list[Tensor]:
+    def rows(self, *, first: int = 0) -> list[States]:
         """The states of each row without padding, [K, h, P_row, d], of the blocks from `first`."""
         lengths = self.mask_BP.sum(1).tolist()
         width, skipped = self.mask_BP.shape[1], 2 * (first - self.first)
+        kept = []
+        for states_KBhPd in self.states:
+            if skipped < len(states_KBhPd):
+                kept.append(states_KBhPd[skipped:])
+            skipped = max(0, skipped - len(states_KBhPd))
+        kept = kept or [self.states[-1][:0]]  # behind the last block there is nothing
         return [
-            self.states_KBhPd[skipped:, b, :, width - length :] for b, length in enumerate(lengths)
+            tuple(states[:, b, :, width - length :] for states in kept)
+            for b, length in enumerate(lengths)
         ]
 
     def cache(self) -> Cache:
         """A fresh cache object over the same frozen tensors."""
         batch, width = self.mask_BP.shape
         # A placeholder keeps the length right where a block is skipped.
-        empty = self.states_KBhPd.new_zeros(batch, 1, width, 1)
+        empty = self.states[0].new_zeros(batch, 1, width, 1)
         pairs = [(empty, empty)] * self.first
-        pairs += zip(self.states_KBhPd[::2], self.states_KBhPd[1::2], strict=True)
+        for states_KBhPd in self.states:
+            pairs += zip(states_KBhPd[::2], states_KBhPd[1::2], strict=True)
         return Cache(layers=[FrozenLayer(keys, values) for keys, values in pairs])
+
+
+def _padded(rows: Sequence[Tensor], width: int) -> Tensor:
+    """Rows of states [K, h, P_row, d] as one tensor [K, B, h, P, d], zeros on the left."""
+    blocks, heads, _, size = rows[0].shape
+    states_KBhPd = rows[0].new_zeros(blocks, len(rows), heads, width, size)
+    for b, row in enumerate(rows):
+        states_KBhPd[:, b, :, width - row.shape[2] :] = row
+    return states_KBhPd
+
+
+def _stacked(states: Iterable[Tensor]) -> States:
+    return tuple(
+        torch.stack(list(run)) for _, run in groupby(states, key=lambda state: state.device)
+    )
 
 
 def run(model: PreTrainedModel, rows: Rows) -> Tensor:
@@ -329,8 +360,11 @@ def run_prefix(
         model(**inputs)
     layers: list[Any] = inputs["past_key_values"].layers
     pairs = [(at.keys, at.values) if before is None else at.new for at in layers]
-    new_KBhTd = torch.stack([state for pair in pairs for state in pair])
-    found = [new_KBhTd[:, b, :, : len(row)] for b, row in enumerate(ids)]
+    new = _stacked(chain.from_iterable(pairs))
+    found = [tuple(run[:, b, :, : len(row)] for run in new) for b, row in enumerate(ids)]
     if before is not None:
-        found = [torch.cat(both, dim=2) for both in zip(before.rows(), found, strict=True)]
+        found = [
+            tuple(torch.cat(both, dim=2) for both in zip(old, added, strict=True))
+            for old, added in zip(before.rows(), found, strict=True)
+        ]
     return Prefix.join(found)

@@ -48,6 +48,16 @@ class Update:
         return Update(layer=self.layer, left_NO=self.left_NO.cpu(), right_NI=right_NI)
 
 
+def solve_device(wanted: str) -> torch.device:
+    """Where this process solves: on a GPU if it has one, unless the CPU is `wanted`."""
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda" if wanted == "auto" else wanted)
+    # A worker's GPU may have a number that this machine lacks.
+    seen = device.index is None or device.index < torch.cuda.device_count()
+    return device if seen else torch.device("cuda")
+
+
 class MomentFactor:
     """The Cholesky factor of C, computed once and kept: λ C needs only a scale of it.
 

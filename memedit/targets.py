@@ -27,6 +27,7 @@ from memedit.prompts import EncodedRequest, Located
 from memedit.segments import (
     Prefix,
     Rows,
+    States,
     Stub,
     device_of,
     head_positions,
@@ -67,14 +68,14 @@ class Target:
 class _Row:
     """One text of a fact from the subject's last token on, with the states of what is before.
 
-    `reads` are (position, token, weight) of the target in this row. states_KhPd stacks the keys and
-    values of the blocks after the edited layer, alternating, on its first axis.
+    `reads` are (position, token, weight) of the target in this row. `states` are those of the
+    blocks after the edited layer, each tensor [K, h, P, d].
     """
 
     suffix_ids: list[int]
     reads: list[tuple[int, int, float]]
     hidden_SO: Tensor
-    states_KhPd: Tensor
+    states: States
 
 
 @dataclass(kw_only=True)
@@ -303,9 +304,9 @@ def _prepare(
             suffix_ids=suffixes[b],
             reads=reads[b],
             hidden_SO=hidden_BSO[b, : len(suffixes[b])].clone(),
-            states_KhPd=states_KhPd.clone(),
+            states=tuple(run.clone() for run in states),
         )
-        for b, states_KhPd in enumerate(prefix.rows(first=layer + 1))
+        for b, states in enumerate(prefix.rows(first=layer + 1))
     ]
     facts = []
     for request, (first, end, kl_row) in zip(requests, spans, strict=True):
@@ -336,6 +337,7 @@ class _Batch:
         layer: int,
     ) -> None:
         self.model, self.head, self.facts, self.entry = model, arch.head(model), facts, entry
+        # That of the edited block, where δ is; token ids and logits go through it too.
         device = facts[0].h_O.device
         rows = [row for fact in facts for row in fact.rows]
         self.h_norm_N = torch.stack([fact.h_O.norm() for fact in facts])
@@ -348,7 +350,7 @@ class _Batch:
         self.rows = Rows.of(
             [row.suffix_ids for row in rows],
             device=device,
-            prefix=Prefix.join([row.states_KhPd for row in rows], first=layer + 1),
+            prefix=Prefix.join([row.states for row in rows], first=layer + 1),
         )
         self.hidden_BSO = nn.utils.rnn.pad_sequence(
             [row.hidden_SO for row in rows], batch_first=True

@@ -54,7 +54,14 @@ from workflows.moments import MIN_TOKENS_PER_WIDTH, check_window, corpus_of
 from workflows.outline import index_without_weights, outline
 from workflows.progress import duration
 from workflows.rate import measured_rate
-from workflows.session import Base, contexts_of, device_of_job, encode_facts, settings_of
+from workflows.session import (
+    Base,
+    contexts_of,
+    device_of_job,
+    encode_facts,
+    gpus_of_job,
+    settings_of,
+)
 from workflows.settings import PlanJob
 
 EFFICIENCY: Mapping[str, float] = {
@@ -400,7 +407,7 @@ def _memory(
     gathered = driver["moments"].value if "moments" in driver else 0.0
     if job.executor == "inline":
         stage = max(beside, key=lambda name: beside[name])
-        total = {
+        total: dict[str, Any] = {
             "process_mb": _mb(_INTERPRETER_BYTES + model + beside[stage]),
             "process_arithmetic": f"interpreter {_mb(_INTERPRETER_BYTES):,} MB + model"
             f" {_mb(model):,} MB + {stage} {_mb(beside[stage]):,} MB",
@@ -410,6 +417,12 @@ def _memory(
             "each_worker_mb": _mb(_INTERPRETER_BYTES + worker_peak),
             "driver_mb": _mb(_INTERPRETER_BYTES + max(gathered, at_solve)),
         }
+    if (gpus := gpus_of_job(job)) > 1:
+        # What stands beside the weights may all be on one of them.
+        total["each_gpu_mb"] = _mb(model / gpus + worker_peak - model)
+        total["each_gpu_arithmetic"] = (
+            f"model {_mb(model):,} MB / {gpus} GPUs + {_mb(worker_peak - model):,} MB beside it"
+        )
     parts = {f"worker_{name}": amount for name, amount in worker.items()}
     parts |= {f"driver_{name}": amount for name, amount in driver.items()}
     shown: dict[str, Any] = {"workers": workers, **total}

@@ -70,6 +70,7 @@ class Base:
             files=files or self.checkpoint.files,
             device=self.device,
             dtype=self.job.dtype,
+            gpus=gpus_of_job(self.job),
             until_layer=until_layer,
             overrides=dict(self.job.architecture),
             published=published or {},
@@ -100,6 +101,11 @@ def device_of_job(job: ModelJob) -> str:
     if kind == "cuda" and not on_ray and not torch.cuda.is_available():
         raise InputError("torch finds no GPU here; write cpu or auto", field="device")
     return job.device
+
+
+def gpus_of_job(job: ModelJob) -> int:
+    """Over how many GPUs one worker spreads the model."""
+    return max(1, int(job.gpus_per_worker)) if isinstance(job, WorkJob) else 1
 
 
 def open_base(job: ModelJob, progress: Progress) -> Base:
@@ -145,7 +151,7 @@ def open_workers(job: WorkJob, spec: ModelSpec, progress: Progress) -> Executor:
         workers=job.workers,
         gpus_per_worker=job.gpus_per_worker,
         rules=Rules(attempts=job.attempts, stall_s=job.stall_timeout_s),
-        tell=progress.message,
+        progress=progress,
     )
 
 

@@ -14,6 +14,7 @@ from memedit.solve import (
     MomentFactor,
     Update,
     factors_are_cheaper,
+    solve_device,
     solve_from_factors,
     solve_from_sums,
 )
@@ -90,3 +91,22 @@ def test_nan_is_never_solved() -> None:
         solve_from_factors(problem)
     with pytest.raises(NumericalError):
         _sums(problem)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "expected"),
+    [
+        ("auto", 0, "cpu"),
+        ("cuda", 0, "cpu"),  # the workers have GPUs, this machine has none
+        ("auto", 1, "cuda"),
+        ("cpu", 1, "cpu"),
+        ("cuda:1", 2, "cuda:1"),
+        ("cuda:1", 1, "cuda"),
+    ],
+)
+def test_a_gpu_solves_where_there_is_one(
+    wanted: str, gpus: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert solve_device(wanted) == torch.device(expected)

@@ -70,7 +70,7 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
 
 def plan(model: Path, facts: Path, **fields: Any) -> Any:
     cache = facts.parent / "cache"
-    fields |= {"cache": cache, "device": "cpu", "matrix_gflops": RATE / 1e9}
+    fields = {"device": "cpu", **fields, "cache": cache, "matrix_gflops": RATE / 1e9}
     job = PlanJob(model=str(model), facts=str(facts), **fields)
     return run_plan(job, Silent())
 
@@ -157,6 +157,15 @@ def test_workers_divide_time_and_keys(model: Path, facts: Path) -> None:
     assert four["time"]["seconds_if_spread"] < four["time"]["seconds"]
     assert {"each_worker_mb", "driver_mb"} <= four["memory"].keys()
     assert "process_mb" in plan(model, facts)["memory"]
+
+
+def test_gpus_of_a_worker_share_the_weights(model: Path, facts: Path) -> None:
+    spread: dict[str, Any] = {"executor": "ray", "device": "auto"}
+    one = plan(model, facts, gpus_per_worker=1.0, **spread)["memory"]
+    two = plan(model, facts, gpus_per_worker=2.0, **spread)["memory"]
+    assert "each_gpu_mb" not in one
+    assert two["each_gpu_mb"] < two["each_worker_mb"] == one["each_worker_mb"]
+    assert "MB / 2 GPUs" in two["each_gpu_arithmetic"]
 
 
 def neox_folder(folder: Path) -> Path:
