@@ -2,42 +2,42 @@
 
 The name of a file is the digest of every input that changes its content, so nothing stale is ever
 read. Files appear whole, by renaming; one that is damaged all the same counts as not kept. Knows a
-local folder; does not know how its content is made.
+folder and the depot behind it; does not know how its content is made.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import secrets
-import shutil
 import time
-from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from memedit.collect import Kept
+from cluster.storage import StorageSettings
+from cluster.store import is_remote
 from memedit.config import MomentSettings, TargetSettings, digest_of
-from memedit.errors import InputError, LockError
+from memedit.errors import InputError
 from memedit.files import File
-from memedit.lock import exclusive_lock
 from memedit.moments import SecondMoment, check_moment, load_moment, save_moment
 from memedit.requests import EditRequest
 from memedit.targets import Target
 from memedit.writing import whole_file, writing
 
+if TYPE_CHECKING:
+    from cluster.depot import Depot
+
+T = TypeVar("T")
+
 # Rises when the same inputs begin to give other numbers.
 _MOMENTS_VERSION = 2
 _TARGETS_VERSION = 1
 
-_UNITS_NAME = "units.json"
 _STALE_S = 86_400
 """What a killed run has left is removed after a day; nothing takes so long to write."""
 
@@ -90,30 +90,33 @@ def target_digest(
 
 
 class Artifacts:
-    """A folder of finished work, shared by all runs; safe to use from several processes."""
+    """A folder of finished work, shared by all runs; safe to use from several processes.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: The folder.
+        depot: Where it is kept for other machines; what is there counts as kept, and is fetched
+            when it is needed.
+    """
+
+    def __init__(self, folder: Path, depot: Depot | None = None) -> None:
+        self.folder, self.depot = folder, depot
+
+    @property
+    def location(self) -> str:
+        """The place as a person writes it."""
+        return str(self.depot.place if self.depot else self.folder)
 
     def moment(self, digest: str) -> SecondMoment | None:
         """A second moment, if it was kept."""
-        path = self._path("moments", digest)
-        try:
-            return load_moment(path) if path.exists() else None
-        except InputError:
-            return None
+        return self._read(_name("moments", digest), load_moment)
 
     def has_moment(self, digest: str) -> bool:
         """Whether a second moment was kept; does not read its matrix."""
-        try:
-            check_moment(self._path("moments", digest))
-        except InputError:
-            return False
-        return True
+        return self._read(_name("moments", digest), check_moment) is not None
 
     def keep_moment(self, digest: str, moment: SecondMoment) -> None:
         """Keep a second moment under its digest."""
-        with _kept(self._path("moments", digest)) as path:
+        with self._kept(_name("moments", digest)) as path:
             save_moment(path, moment, metadata={"digest": digest})
 
     def fetched_moment(self, digest: str, file: File) -> Path:
@@ -124,28 +127,42 @@ class Artifacts:
         """
         if file.files.here is not None:
             return file.files.here / file.name
-        if not self.has_moment(digest):
-            with _kept(self._path("moments", digest)) as path:
-                _fetch(file, path)
+        path = self.folder / _name("moments", digest)
+        try:
+            check_moment(path)
+        except InputError:
+            with _appearing(path) as partial:
+                file.fetch(partial)
                 try:
-                    check_moment(path)
+                    check_moment(partial)
                 except InputError as error:
                     raise InputError(error.message, source=file) from error
-        return self._path("moments", digest)
+        return path
+
+    def targets(self, digests: Mapping[str, str]) -> dict[str, Target]:
+        """Those z vectors that were kept, by the fact's name in this run.
+
+        Args:
+            digests: Of each fact, by that name.
+        """
+        if self.depot is not None:
+            names = (_name("targets", digest) for digest in digests.values())
+            missing = [name for name in names if not (self.folder / name).exists()]
+            self.depot.each_small(missing, self._put)
+        kept = {case_id: self.target(digest, case_id) for case_id, digest in digests.items()}
+        return {case_id: target for case_id, target in kept.items() if target is not None}
 
     def target(self, digest: str, case_id: str) -> Target | None:
-        """A z vector, if it was kept; `case_id` is the fact's name in this run."""
-        path = self._path("targets", digest)
-        if not path.exists():
-            return None
-        try:
+        """A z vector, if it is in the folder; `case_id` is the fact's name in this run."""
+
+        def read(path: Path) -> Target:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads((file.metadata() or {})["target"])
                 z_O = file.get_tensor("z_O")
             losses = tuple(facts.pop("losses"))
             return Target(case_id=case_id, z_O=z_O, losses=losses, **facts)
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError):
-            return None
+
+        return _sound(self.folder / _name("targets", digest), read)
 
     def keep_target(self, digest: str, target: Target) -> None:
         """Keep a z vector under its digest."""
@@ -156,127 +173,89 @@ class Artifacts:
             "converged": target.converged,
         }
         metadata = {"target": json.dumps(facts)}
-        with _kept(self._path("targets", digest)) as path:
+        with self._kept(_name("targets", digest)) as path:
             save_file({"z_O": target.z_O.contiguous()}, path, metadata=metadata)
 
     def windows(self, digest: str) -> list[list[int]] | None:
         """Windows of token ids, if they were kept."""
-        path = self._path("windows", digest)
-        if not path.exists():
-            return None
-        try:
+
+        def read(path: Path) -> list[list[int]]:
             with safe_open(path, framework="pt") as file:
                 ids: list[list[int]] = file.get_tensor("ids_BT").tolist()
-        except (SafetensorError, OSError):
-            return None
-        return ids
+            return ids
+
+        return self._read(_name("windows", digest), read)
 
     def keep_windows(self, digest: str, windows: Sequence[Sequence[int]]) -> None:
         """Keep windows of one length under their digest."""
         ids_BT = torch.tensor(windows)
-        with _kept(self._path("windows", digest)) as path:
+        with self._kept(_name("windows", digest)) as path:
             save_file({"ids_BT": ids_BT}, path)
 
-    def _path(self, kind: str, digest: str) -> Path:
-        return self.folder / kind / digest[:2] / f"{digest}.safetensors"
+    def _read(self, name: str, read: Callable[[Path], T]) -> T | None:
+        """What is made of a file; fetched where there is none, or none that is sound."""
+        path = self.folder / name
+        found = _sound(path, read)
+        if found is None and self.depot is not None and self.depot.has(name):
+            with _appearing(path) as partial:
+                self.depot.fetch(name, partial)
+            found = _sound(path, read)
+            if found is None:
+                self.depot.drop([name])  # or it could never be kept again
+        return found
 
-
-class KeptMoments(Kept):
-    """Second moments that are being counted, in the folder of `artifacts`.
-
-    A small file names the units and is written last; it is what makes the others count. It belongs
-    to one run at a time: to the one inside `held`.
-
-    Args:
-        artifacts: The folder.
-        digest: Identity of the collection: settings, layers, and the windows themselves.
-    """
-
-    def __init__(self, artifacts: Artifacts, digest: str) -> None:
-        self.folder = artifacts.folder / "moments" / "unfinished" / digest
-        self._lock = self.folder.with_name(f"{digest}.lock")
+    def _put(self, name: str, content: bytes) -> None:
+        with _appearing(self.folder / name) as partial:
+            partial.write_bytes(content)
 
     @contextmanager
-    def held(self) -> Iterator[Self | None]:
-        """This, while the block runs; None where another run has it."""
-        with writing(self._lock):
-            self._lock.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(exclusive_lock(self._lock))
-            except LockError:
-                yield None
-            else:
-                yield self
-
-    def load(self) -> tuple[frozenset[int], Mapping[int, SecondMoment]]:
-        """See `Kept`; what is damaged counts as not kept."""
-        try:
-            found = json.loads((self.folder / _UNITS_NAME).read_bytes())
-            paths = {int(layer): self.folder / name for layer, name in found["layers"]}
-            for path in paths.values():
-                check_moment(path)
-            return frozenset(found["units"]), _MomentFiles(paths)
-        except (OSError, ValueError, KeyError, TypeError, InputError):
-            return frozenset(), {}
-
-    def save(self, units: Iterable[int], moments: Iterable[SecondMoment]) -> None:
-        """See `Kept`."""
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        turn, names = secrets.token_hex(4), {}
-        for moment in moments:
-            names[moment.layer] = f"{turn}-{moment.layer}.safetensors"
-            save_moment(self.folder / names[moment.layer], moment, metadata={})
-        content = {"units": sorted(units), "layers": list(names.items())}
-        with whole_file(self.folder / _UNITS_NAME) as partial:
-            partial.write_text(json.dumps(content))
-        for path in self.folder.glob("*.safetensors"):
-            if path.name not in names.values():
-                path.unlink(missing_ok=True)
-
-    def forget(self) -> None:
-        """See `Kept`."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def _kept(self, name: str) -> Iterator[Path]:
+        """A file to write that appears under its name when the block ends."""
+        with _appearing(self.folder / name) as partial:
+            yield partial
+        if self.depot is not None:
+            self.depot.keep(self.folder, name)
 
 
-@dataclass(frozen=True)
-class _MomentFiles(Mapping[int, SecondMoment]):
-    """Second moments by layer, read when they are asked for."""
+def open_artifacts(
+    location: str | None, *, cache: Path, storage: StorageSettings | None = None
+) -> Artifacts:
+    """The finished work at a folder or `s3://` prefix; by default in the cache folder.
 
-    paths: Mapping[int, Path]
+    Raises:
+        InputError: The prefix cannot be written to.
+    """
+    if location is None:
+        return Artifacts(cache)
+    if not is_remote(location):
+        return Artifacts(Path(location).expanduser())
+    from cluster.depot import Depot  # imports boto3, which takes a moment
 
-    def __getitem__(self, layer: int) -> SecondMoment:
-        return load_moment(self.paths[layer])
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
+    depot = Depot.at(location, storage)
+    depot.check()
+    return Artifacts(cache, depot)
 
 
-def windows_digest(windows: Sequence[Sequence[int]]) -> str:
-    """Identity of windows of token ids, in their order."""
-    sha256 = hashlib.sha256()
-    for window in windows:
-        sha256.update(array("q", [len(window), *window]).tobytes())
-    return sha256.hexdigest()
+def _name(kind: str, digest: str) -> str:
+    return f"{kind}/{digest[:2]}/{digest}.safetensors"
+
+
+def _sound(path: Path, read: Callable[[Path], T]) -> T | None:
+    """What is made of a file; None where there is none, or it is damaged."""
+    try:
+        return read(path) if path.exists() else None
+    except (SafetensorError, InputError, OSError, KeyError, ValueError, TypeError):
+        return None
 
 
 @contextmanager
-def _kept(path: Path) -> Iterator[Path]:
-    """A file to write that appears under its digest when the block ends."""
+def _appearing(path: Path) -> Iterator[Path]:
+    """A file to write that appears when the block ends, in a folder that is made for it."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(path.parent)
     with whole_file(path) as partial:
         yield partial
-
-
-def _fetch(file: File, path: Path) -> None:
-    with file.open() as reader, path.open("wb") as writer:
-        shutil.copyfileobj(reader, writer, 1 << 26)
 
 
 def _remove_stale(folder: Path) -> None:

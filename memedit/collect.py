@@ -24,7 +24,9 @@ _TOKENS_PER_COUNT = 2048
 _COUNTS_PER_ROUND = 8
 """Convergence is looked at after this many batches, whoever counted them."""
 KEEP_S = 300.0
-"""What has been counted is kept so often; it takes as long as writing the moments."""
+"""What has been counted is kept so often, or less often where that takes long."""
+KEEP_SHARE = 0.1
+"""Of the time at most goes into keeping."""
 
 
 class Kept(Protocol):
@@ -89,7 +91,7 @@ class _Collection:
         if kept is not None:
             self.before, self.moments = kept.load()
         self.wanted = set(self.before)
-        self.saved = time.monotonic()
+        self.next_save = time.monotonic() + KEEP_S
 
     def count(self, tolerance: float) -> None:
         """Count all units, or as many as it takes."""
@@ -111,7 +113,7 @@ class _Collection:
                     spreads[layer] = spreads[layer].merge(part) if layer in spreads else part
             error = max(spread.error for spread in spreads.values())
             self.progress.advance("stats", 0, error=error)
-            if missing and self.kept is not None and time.monotonic() - self.saved >= KEEP_S:
+            if missing and self.kept is not None and time.monotonic() >= self.next_save:
                 self._save(self.kept)
 
     def _round(self) -> int:
@@ -161,12 +163,14 @@ class _Collection:
                 return replace(merged, sum_II=sum_II)
 
     def _save(self, kept: Kept) -> None:
+        began = time.monotonic()
         kept.save(self.wanted, (self.moment(layer) for layer in self.layers))
         self.before, self.moments = kept.load()
         if self.before != self.wanted:
             raise RuntimeError("what was counted could not be kept: something else is there")
         self.executor.broadcast("forget", "moments")
-        self.saved = time.monotonic()
+        now = time.monotonic()
+        self.next_save = now + max(KEEP_S, (now - began) / KEEP_SHARE)
 
     def end(self) -> None:
         """Nothing of it is needed any more."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import stat
 import time
 from collections.abc import Iterable
@@ -112,6 +113,11 @@ class File:
     def read(self) -> bytes:
         """All its bytes."""
         return bytes(self.files.read(self.name))
+
+    def fetch(self, path: Path) -> None:
+        """Write its content to a file of this machine."""
+        with self.open() as reader, path.open("wb") as writer:
+            shutil.copyfileobj(reader, writer, 1 << 26)
 
 
 def place_of(files: Files, name: str) -> str:

@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 
-import torch
-
-from cluster.artifacts import Artifacts, target_digest
+from cluster.artifacts import Artifacts, open_artifacts, target_digest
 from cluster.background import Background
 from cluster.publication import Publication
 from cluster.store import join
@@ -35,7 +33,7 @@ from memedit.outcome import (
 from memedit.progress import Progress
 from memedit.prompts import EncodedRequest
 from memedit.requests import EditBatch
-from memedit.solve import METHODS
+from memedit.solve import METHODS, solve_device
 from memedit.stages import SolvedLayer, find_targets, judge, solve_layers
 from memedit.targets import Target
 from workflows.destination import destination
@@ -75,7 +73,9 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
         _check_measurable(job, measurable(table.requests, job.evaluation_settings))
         base.checkpoint.check_editable(names.values())
         base.checkpoint.check_finite()
-        artifacts = Artifacts(job.cache_folder)
+        artifacts = open_artifacts(
+            job.artifacts, cache=job.cache_folder, storage=job.storage_settings
+        )
         source = TokenSource(
             corpus=corpus_of(job),
             base=base,
@@ -135,7 +135,7 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
                 ridge=settings.solve.ridge,
                 residual_scale=base.arch.residual_scale,
                 stored={layer: base.checkpoint.info(names[layer]).dtype for layer in names},
-                device=torch.device(base.device if torch.cuda.is_available() else "cpu"),
+                device=solve_device(job.device),
                 progress=timed,
             )
 
@@ -221,7 +221,6 @@ def _targets(
         )
         for e in encoded
     }
-    kept = {case_id: artifacts.target(digest, case_id) for case_id, digest in digests.items()}
     # Waiting for the disk is no work for the thread that feeds the workers.
     with Background() as background:
         return find_targets(
@@ -229,7 +228,7 @@ def _targets(
             encoded,
             layer=settings.layers[-1],
             settings=settings.targets,
-            known={case_id: target for case_id, target in kept.items() if target is not None},
+            known=artifacts.targets(digests),
             keep=lambda target: background.do(
                 artifacts.keep_target, digests[target.case_id], target
             ),

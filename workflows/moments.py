@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from cluster.artifacts import Artifacts, KeptMoments, moment_digest, windows_digest
+from cluster.artifacts import Artifacts, moment_digest
+from cluster.kept_moments import KeptMoments, windows_digest
 from cluster.store import open_files
 from memedit.collect import collect_moments
 from memedit.config import EditSettings, MomentSettings, digest_of
@@ -234,7 +235,7 @@ def moments_for(
         moment = artifacts.moment(digests[layer])
         if moment is None:
             raise MemeditError(
-                f"the second moment of layer {layer} has gone from {artifacts.folder} while this "
+                f"the second moment of layer {layer} has gone from {artifacts.location} while this "
                 "run needed it; run the same command again"
             )
         return moment

@@ -19,6 +19,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import jinja2
 import yaml
 
+from cluster.store import is_remote
 from memedit.errors import InputError
 from memedit.progress import Progress
 from workflows.arguments import arguments_of
@@ -117,10 +118,10 @@ def run_render(options: RenderJob, progress: Progress) -> Rendered:
     if isinstance(options, RenderKubernetesJob):
         scheduler = "kubernetes"
         _check_places(source, options)
-        if options.volume_claim is None:
+        if options.volume_claim is None and not is_remote(source.job.artifacts or ""):
             progress.message(
-                "no --volume-claim: what a run has finished is lost with its pods, so that one that"
-                " is killed begins again"
+                "neither --volume-claim nor `artifacts` in s3://: what a run has finished is lost"
+                " with its pods, so that one that is killed begins again"
             )
         made = manifests(options, name=name, job=source.job, job_file=job_file(source.job))
         text = made_for(options) + yaml.dump_all(
@@ -256,7 +257,7 @@ def _check_places(source: Source, options: RenderKubernetesJob | None) -> None:
             )
         if options is None or (volume is not None and _below(written, volume)):
             continue
-        if name not in ("out", "registry", "cache") and any(
+        if name not in ("out", "registry", "cache", "artifacts") and any(
             _below(written, folder) for folder in options.in_image
         ):
             continue

@@ -147,7 +147,11 @@ class WorkJob(ModelJob):
         at_least=1,
     )
     gpus_per_worker: float = option(
-        0.0, "GPUs that each Ray actor asks for.", group="Machine", metavar="N", at_least=0
+        0.0,
+        "GPUs of each worker; a part of one shares it, several hold a model too large for one.",
+        group="Machine",
+        metavar="N",
+        at_least=0,
     )
     attempts: int = option(
         3,
@@ -162,6 +166,14 @@ class WorkJob(ModelJob):
         group="Machine",
         metavar="S",
         at_least=1,
+    )
+    artifacts: str | None = option(
+        None,
+        "Folder or s3:// prefix where statistics and z vectors are kept for all machines; what one"
+        " run has finished, no other does again. [default: the cache]",
+        group="Machine",
+        metavar="PLACE",
+        location="path",
     )
     moments: Mapping[str, Any] = section("moments")
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from cluster.artifacts import Artifacts
+from cluster.artifacts import open_artifacts
 from cluster.publication import open_publication
 from memedit.manifest import code_versions
 from memedit.moments import save_moment
@@ -32,7 +32,9 @@ def run_stats(job: StatsJob, progress: Progress) -> Mapping[str, Any]:
         base = open_base(job, timed)
         settings = settings_of(job, base, 1, timed)
         base.checkpoint.check_finite()
-        artifacts = Artifacts(job.cache_folder)
+        artifacts = open_artifacts(
+            job.artifacts, cache=job.cache_folder, storage=job.storage_settings
+        )
         source = TokenSource(
             corpus=corpus_of(job),
             base=base,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.artifacts import Artifacts, KeptMoments, windows_digest
+from cluster.artifacts import Artifacts
+from cluster.kept_moments import KeptMoments, windows_digest
 from memedit import collect
 from memedit.collect import collect_moments
 from memedit.config import MomentSettings
@@ -36,6 +38,7 @@ def small_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collect, "_TOKENS_PER_COUNT", 64)
     monkeypatch.setattr(collect._Collection, "_round", lambda self: 3)
     monkeypatch.setattr(collect, "KEEP_S", 0.0)
+    monkeypatch.setattr(collect, "KEEP_SHARE", math.inf)
 
 
 @pytest.fixture

@@ -131,6 +131,20 @@ def test_a_copy_elsewhere_shares_what_was_computed(
     check_same(world.objects.fetch(f"{s3}/out", tmp_path / "out"), first.out)
 
 
+def test_another_machine_computes_nothing_again(
+    world: World, s3: str, tmp_path: Path, first: First, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run has finished lies in object storage; a fresh machine finds it there."""
+    work = ("--artifacts", f"{s3}/work")
+    assert world.here.edit(tmp_path / "one", tmp_path / "cache-1", *work).code == 0
+    for name in ("sample", "count", "targets"):
+        monkeypatch.setattr(Worker, name, refuse)
+    ran = world.here.edit(tmp_path / "two", tmp_path / "cache-2", *work)
+    assert ran.code == 0, ran.stderr
+    check_same(tmp_path / "one", first.out)
+    check_same(tmp_path / "two", first.out)
+
+
 @pytest.mark.parametrize("corpus", CORPORA)
 def test_the_same_statistics_of_every_corpus(
     world: World, s3: str, tmp_path: Path, corpus: str

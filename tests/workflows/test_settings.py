@@ -79,7 +79,7 @@ def test_flags_are_relative_to_the_working_directory(tmp_path: Path) -> None:
     assert load_job(EditJob, config=config, flags={"out": "o"}).out == "o"
 
 
-PLACES = ("facts", "out", "registry", "stats", "delta", "version")
+PLACES = ("facts", "out", "registry", "stats", "artifacts", "delta", "version")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,148 @@
+"""Second moments that are being counted, kept so that a killed run goes on where it was.
+
+Knows a folder of finished work and the depot behind it; does not know how tokens are counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import shutil
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from cluster.artifacts import Artifacts
+from cluster.store import Guard
+from memedit.collect import Kept
+from memedit.errors import InputError, LockError
+from memedit.lock import exclusive_lock
+from memedit.moments import SecondMoment, check_moment, load_moment, save_moment
+from memedit.writing import whole_file, writing
+
+_UNITS_NAME = "units.json"
+
+
+class KeptMoments(Kept):
+    """Second moments that are being counted, in the folder of `artifacts` and its depot.
+
+    A small file names the units and is written last; it is what makes the others count, which it
+    names too. It belongs to one run at a time: to the one inside `held`.
+
+    Args:
+        artifacts: Where finished work is.
+        digest: Identity of the collection: settings, layers, and the windows themselves.
+    """
+
+    def __init__(self, artifacts: Artifacts, digest: str) -> None:
+        self._root, self._depot = artifacts.folder, artifacts.depot
+        self._name = f"moments/unfinished/{digest}"
+        self.folder = self._root / self._name
+        self._lock = f"{self._name}.lock"
+        self._lease: Guard | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[Self | None]:
+        """This, while the block runs; None where another run has it."""
+        path = self._root / self._lock
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(exclusive_lock(path))
+                if self._depot is not None:
+                    self._lease = stack.enter_context(self._depot.lock(self._lock))
+            except LockError:
+                stack.close()
+                yield None
+            else:
+                yield self
+
+    def load(self) -> tuple[frozenset[int], Mapping[int, SecondMoment]]:
+        """See `Kept`; what is damaged counts as not kept."""
+        try:
+            found = json.loads(self._units())
+            paths = {int(layer): self.folder / name for layer, name in found["layers"]}
+            for path in paths.values():
+                self._check(path)
+            return frozenset(found["units"]), _MomentFiles(paths)
+        except (OSError, ValueError, KeyError, TypeError, InputError):
+            return frozenset(), {}
+
+    def _units(self) -> bytes:
+        if self._depot is None:
+            return (self.folder / _UNITS_NAME).read_bytes()
+        return self._depot.read(f"{self._name}/{_UNITS_NAME}")
+
+    def _check(self, path: Path) -> None:
+        """Make sure that a moment is there, and sound."""
+        try:
+            check_moment(path)
+        except InputError:
+            if self._depot is None:
+                raise
+            with writing(path):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as partial:
+                self._depot.fetch(f"{self._name}/{path.name}", partial)
+            check_moment(path)
+
+    def save(self, units: Iterable[int], moments: Iterable[SecondMoment]) -> None:
+        """See `Kept`."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        turn, names = secrets.token_hex(4), {}
+        for moment in moments:
+            names[moment.layer] = f"{turn}-{moment.layer}.safetensors"
+            save_moment(self.folder / names[moment.layer], moment, metadata={})
+            if self._depot is not None:
+                self._depot.keep(self._root, f"{self._name}/{names[moment.layer]}")
+        units_json = json.dumps({"units": sorted(units), "layers": list(names.items())}).encode()
+        if self._lease is not None:
+            self._lease.check()
+        with whole_file(self.folder / _UNITS_NAME) as partial:
+            partial.write_bytes(units_json)
+        if self._depot is not None:
+            self._depot.write(f"{self._name}/{_UNITS_NAME}", units_json)
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in names.values():
+                path.unlink(missing_ok=True)
+        self._drop(but=[_UNITS_NAME, *names.values()])
+
+    def _drop(self, *, but: Sequence[str] = ()) -> None:
+        if self._depot is not None:
+            kept = {f"{self._name}/{name}" for name in but}
+            self._depot.drop(n for n in self._depot.names(self._name) if n not in kept)
+
+    def forget(self) -> None:
+        """See `Kept`."""
+        self._drop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _MomentFiles(Mapping[int, SecondMoment]):
+    """Second moments by layer, read when they are asked for."""
+
+    paths: Mapping[int, Path]
+
+    def __getitem__(self, layer: int) -> SecondMoment:
+        return load_moment(self.paths[layer])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def windows_digest(windows: Sequence[Sequence[int]]) -> str:
+    """Identity of windows of token ids, in their order."""
+    sha256 = hashlib.sha256()
+    for window in windows:
+        sha256.update(array("q", [len(window), *window]).tobytes())
+    return sha256.hexdigest()
