@@ -7,28 +7,50 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
 
 from cluster.placement import Machine
+from cluster.ray_tokens import authorization, refused
 from memedit.errors import InputError, MemeditError
 
 _REACH_TIMEOUT_S = 8.0
 _OBJECT_STORE_BYTES = 1 << 30
+_CLUSTER_ID = ("/ray.rpc.NodeInfoGcsService/GetClusterId", b"")
+_PING = ("/ray.rpc.RayletDriver/ClusterInfo", b"\x08\x06")
+"""Calls of Ray's, and questions as they travel."""
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+FULL = (ObjectStoreFullError, OutOfDiskError)
+NO_ROOM = (
+    "Ray's object store there and the disk that it spills to are full; free that disk, or start "
+    "Ray with more --object-store-memory"
+)
 
 
-def connect(address: str | None) -> bool:
-    """Start or reach a cluster unless this process has one; whether there is one to let go of."""
+@dataclass(frozen=True, kw_only=True)
+class Connection:
+    """How this process came to its Ray."""
+
+    ours: bool
+    """Whether it has to let go of it."""
+    dashboard: str | None = None
+    """The address of the cluster's dashboard, where it has one."""
+
+
+def connect(address: str | None) -> Connection:
+    """Start or reach a cluster, unless this process has one."""
     if ray.is_initialized():
-        return False
+        return Connection(ours=False)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with _sigterm_kept():
         if address is None:
@@ -45,13 +67,16 @@ def connect(address: str | None) -> bool:
                     f"no local Ray could be started ({last_line(str(error))}); run the command "
                     "again when the machine is less busy, or use the inline executor"
                 ) from error
-            return True
+            return Connection(ours=True)
         _reach(address)
         try:
-            ray.init(address=address, **quiet)
+            context = ray.init(address=address, **quiet)
         except (OSError, RuntimeError, ValueError, RayError) as error:
+            if "Version mismatch" in str(error):
+                raise _other_version(address, str(error)) from error
             raise _unreachable(address, last_line(str(error))) from error
-    return True
+    url = context.dashboard_url
+    return Connection(ours=True, dashboard=f"http://{url}" if url else None)
 
 
 @contextmanager
@@ -74,34 +99,82 @@ def _reach(address: str) -> None:
         host, port = parts.hostname, parts.port
     except ValueError:
         host = port = None
-    if not host or not port:
+    if not host or not port or parts.scheme not in ("", "ray"):
         raise InputError(
             f"{address!r} is no address of Ray; write auto, HOST:PORT or ray://HOST:PORT",
             field="address",
         )
+    if parts.scheme != "ray" and host in _LOOPBACK:
+        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # as Ray does
     try:
         socket.create_connection((host, port), timeout=_REACH_TIMEOUT_S).close()
     except OSError as error:
-        raise _unreachable(address, str(error)) from error
+        other = "" if str(host) in address else f"; this is {host} to Ray"
+        raise _unreachable(address, f"{error}{other}") from error
     if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
         return
+    _greet(address, f"{host}:{port}", client=parts.scheme == "ray")
+
+
+def _greet(address: str, place: str, *, client: bool) -> None:
+    """Ask for what any Ray answers to whoever has its token; Ray itself asks again for ever."""
     import grpc  # type: ignore[import-untyped]
 
-    options = [("grpc.enable_http_proxy", 0)]
-    with grpc.insecure_channel(f"{host}:{port}", options=options) as channel:
+    method, question = _PING if client else _CLUSTER_ID
+    with grpc.insecure_channel(place, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=_REACH_TIMEOUT_S)
         except grpc.FutureTimeoutError as error:
             raise _unreachable(address, "what answers there is not Ray") from error
+        token = authorization()
+        metadata = [(name.lower(), value) for name, value in token.items()]
+        try:
+            channel.unary_unary(method)(question, timeout=_REACH_TIMEOUT_S, metadata=metadata)
+        except grpc.RpcError as error:
+            code, codes = error.code(), grpc.StatusCode
+            if code is codes.UNAUTHENTICATED:
+                raise refused(address, given=bool(token)) from error
+            if code is codes.DEADLINE_EXCEEDED:
+                raise _unreachable(address, "no answer") from error
+            if code is codes.UNIMPLEMENTED:
+                usual = "of Ray Client (10001" if client else "of the head itself (6379"
+                raise _unreachable(
+                    address, f"what answers there is not Ray's port {usual} unless it was set)"
+                ) from error
 
 
 def _unreachable(address: str, why: str) -> InputError:
     return InputError(
         f"no Ray cluster was reached at {address} ({why}); check that it runs, that this port is "
-        "open, and that RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH holds its token; without an address "
-        "a local Ray is started",
+        "open, and, where it asks for a token, that RAY_AUTH_MODE is token and RAY_AUTH_TOKEN or "
+        "RAY_AUTH_TOKEN_PATH holds it; without an address a local Ray is started",
         field="address",
     )
+
+
+def _other_version(address: str, told: str) -> InputError:
+    """Ray tells both, a line for each: first the cluster's, then those here."""
+    (ray_there, ray_here), (python_there, python_here) = (
+        re.findall(rf"{name}: (\S+)", told)[:2] for name in ("Ray", "Python")
+    )
+    return InputError(
+        f"the cluster at {address} has Ray {ray_there} and Python {python_there}, and here are Ray "
+        f"{ray_here} and Python {python_here}; run this in an environment with "
+        f"'ray[default]=={ray_there}' and Python {python_there}, or on the cluster, by "
+        "`memedit submit`",
+        field="address",
+    )
+
+
+@contextmanager
+def storing() -> Iterator[None]:
+    """Say what to do where the driver's object store cannot take what is put into it."""
+    try:
+        yield
+    except FULL as error:
+        raise MemeditError(
+            f"the driver's machine has no room for what it sends: {NO_ROOM}"
+        ) from error
 
 
 def machines(*, ours: bool) -> list[Machine]:

@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -26,6 +25,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient, JobType
 
+from cluster.ray_tokens import authorization, refused
 from memedit.errors import InputError, MemeditError
 
 T = TypeVar("T")
@@ -88,7 +88,7 @@ class RayJobs:
 
     def __init__(self, address: str | None, *, token: str | None = None) -> None:
         self.address = _dashboard(address)
-        headers = _authorization(token)
+        headers = authorization(token)
         with _no_other_address():
             try:
                 self._client = _Client(self.address, headers=headers)
@@ -189,14 +189,19 @@ class RayJobs:
         ours.sort(key=lambda job: job.start_time or 0, reverse=True)
         return [_state_of(job) for job in ours]
 
-    def logs(self, run_id: str) -> str:
-        """All that a job has written so far.
+    def logs(self, run_id: str, *, patient: bool = False) -> str:
+        """All that a job has written so far; `patient` waits for a cluster that is away.
 
         Raises:
-            InputError: The cluster knows no such job.
+            InputError: The cluster knows no such job, or is away.
+            MemeditError: It was away for too long.
         """
-        try:
+
+        def ask() -> str:
             return self._ask(lambda: self._client.get_job_logs(run_id))
+
+        try:
+            return self._patiently(run_id, ask) if patient else ask()
         except RuntimeError as error:
             raise self._no_job(run_id, error) from error
 
@@ -226,7 +231,7 @@ class RayJobs:
             # Asked before the log is read, so that what is written until the end is read too.
             over = self.wait(run_id, timeout_s=0).over
             read = 0
-            for text in [self.logs(run_id)] if over else self._tail(run_id):
+            for text in [self.logs(run_id, patient=True)] if over else self._tail(run_id):
                 read += len(text)
                 if read > told:
                     yield text[told - read :]
@@ -242,15 +247,20 @@ class RayJobs:
             MemeditError: The cluster was away for too long.
         """
         until = float("inf") if timeout_s is None else time.monotonic() + timeout_s
-        answered = time.monotonic()
+        while True:
+            state = self._patiently(run_id, lambda: self.state(run_id))
+            if state.over or time.monotonic() >= until:
+                return state
+            time.sleep(_POLL_S)
+
+    def _patiently(self, run_id: str, ask: Callable[[], T]) -> T:
+        """Ask until there is an answer, or the cluster was away for too long."""
+        asked = time.monotonic()
         while True:
             try:
-                state = self.state(run_id)
-                if state.over or time.monotonic() >= until:
-                    return state
-                answered = time.monotonic()
-            except _AwayError as error:
-                if time.monotonic() - answered > _PATIENCE_S:
+                return ask()
+            except AwayError as error:
+                if time.monotonic() - asked > _PATIENCE_S:
                     raise MemeditError(
                         f"the cluster at {self.address} has been away for {_PATIENCE_S:g} s; the "
                         f"job {run_id} may go on without being watched"
@@ -263,7 +273,7 @@ class RayJobs:
         What ends it, if not the job, the caller learns by asking for the state.
         """
         if _in_a_loop():
-            yield self.logs(run_id)
+            yield self.logs(run_id, patient=True)
             return
         texts: AsyncIterator[str] = self._client.tail_job_logs(run_id)
 
@@ -289,16 +299,10 @@ class RayJobs:
             raise self._unreachable(error) from error
 
     def _refused(self, error: AuthenticationError) -> InputError:
-        wrong = "wrong token" if "Authentication failed" in str(error) else "no token"
-        return InputError(
-            f"the cluster at {self.address} asks for a token ({wrong} was given); set "
-            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's "
-            "token or a file that holds it",
-            field="address",
-        )
+        return refused(self.address, given="Authentication failed" in str(error))
 
-    def _unreachable(self, error: Exception) -> _AwayError:
-        return _AwayError(
+    def _unreachable(self, error: Exception) -> AwayError:
+        return AwayError(
             f"no Ray dashboard was reached at {self.address} ({_reason(error)}); check that the "
             "cluster runs, that this is the address of its dashboard (port 8265 unless it was "
             "set), and that the port is open from here",
@@ -324,7 +328,7 @@ class RayJobs:
         )
 
 
-class _AwayError(InputError):
+class AwayError(InputError):
     """The cluster does not answer, which may pass."""
 
 
@@ -388,43 +392,6 @@ def _dashboard(address: str | None) -> str:
             field="address",
         )
     return address.rstrip("/")
-
-
-def _authorization(token: str | None) -> dict[str, str]:
-    """The header that holds the token, if there is one.
-
-    Looked up here, because Ray's own look-up remembers the first answer of the process.
-    """
-    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
-    if token is None and mode != "disabled":
-        token = os.environ.get("RAY_AUTH_TOKEN")
-        if not token and (path := os.environ.get("RAY_AUTH_TOKEN_PATH")):
-            token = _token_in(Path(path).expanduser(), "RAY_AUTH_TOKEN_PATH")
-        own = Path.home() / ".ray" / "auth_token"
-        if not token and mode == "token" and own.exists():
-            token = _token_in(own, str(own))
-    if not token and mode == "token":
-        raise InputError(
-            "RAY_AUTH_MODE is token, but there is none; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH "
-            "to the cluster's token or a file that holds it",
-            field="address",
-        )
-    if not token:
-        return {}
-    token = token.strip()
-    if not token.isprintable() or not token.isascii():
-        raise InputError("the token holds characters that no token has", field="address")
-    return {"Authorization": f"Bearer {token}"}
-
-
-def _token_in(path: Path, source: str) -> str:
-    try:
-        token = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the token's file: {error}", source=source) from error
-    if not token:
-        raise InputError("the token's file is empty", source=source)
-    return token
 
 
 @contextmanager

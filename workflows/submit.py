@@ -16,6 +16,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ class Submission:
 
     def result(self) -> dict[str, Any] | None:
         """The object that the run has printed as its result or its error, once it has ended."""
-        for line in reversed(self.logs().splitlines()):
+        for line in reversed(self.jobs.logs(self.run_id, patient=True).splitlines()):
             try:
                 told = json.loads(line)
             except ValueError:
@@ -345,11 +346,26 @@ def run_submit(options: SubmitJob, progress: Progress) -> Submitted:
     if not options.wait:
         return Submitted(submission=submission, state=submission.status())
     with _not_the_run(run_id):
+        _tell_of_waiting(submission, progress)
         for text in submission.follow():
             sys.stderr.write(text)
             sys.stderr.flush()
         state = submission.wait()
     return Submitted(submission=submission, state=state, result=submission.result(), waited=True)
+
+
+def _tell_of_waiting(submission: Submission, progress: Progress) -> None:
+    """A run without room waits until the cluster has grown, or Ray gives it up."""
+    until = time.monotonic() + _BEGIN_S
+    while (state := submission.wait(timeout_s=0)).state == "PENDING":
+        if time.monotonic() > until:
+            progress.message(
+                f"{state.run_id} is still PENDING ({state.message}); if the cluster never has room "
+                f"for it, stop it (memedit stop {state.run_id}) and ask for fewer --driver-cpus "
+                "and --driver-gpus"
+            )
+            return
+        time.sleep(1)
 
 
 def run_status(job: StatusJob, progress: Progress) -> dict[str, Any]:

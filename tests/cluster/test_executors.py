@@ -87,7 +87,9 @@ class TestUnreachable:
             assert address in str(error)
             assert "check that it runs" in str(error)
 
-    def test_something_else_listens(self) -> None:
+    def test_something_else_listens(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Ray takes another address of the machine where it is told 127.0.0.1.
+        monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
         with socket.create_server(("127.0.0.1", 0)) as server:
             error = _refused(f"127.0.0.1:{server.getsockname()[1]}", within_s=20)
         assert "is not Ray" in str(error)

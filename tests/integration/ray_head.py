@@ -43,6 +43,7 @@ class Head:
     token: str
     token_path: Path
     gcs_port: int
+    client_port: int
 
 
 @contextmanager
@@ -85,7 +86,13 @@ def ray_head(environment: Mapping[str, str], *, cpus: int = 2) -> Iterator[Head]
         agent = ports["dashboard-agent-listen-port"]
         ready = comes_true(lambda: _takes_jobs(address, token) and _open(agent), within_s=60)
         assert ready, (folder / "head.log").read_text()
-        yield Head(address=address, token=token, token_path=token_path, gcs_port=ports["port"])
+        yield Head(
+            address=address,
+            token=token,
+            token_path=token_path,
+            gcs_port=ports["port"],
+            client_port=ports["ray-client-server-port"],
+        )
     finally:
         if head is not None:
             _end(head, str(folder / "token"))

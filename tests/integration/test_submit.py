@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from cluster.ray_cluster import connect
+from memedit.errors import InputError
 from tests.cluster.processes import comes_true
 from tests.integration.ray_head import Head, ray_head
 from tests.tiny import save_tiny
@@ -171,3 +173,50 @@ def test_a_wrong_token_and_none(
 def test_a_port_of_ray_that_is_not_the_dashboards(head: Head) -> None:
     ran = memedit("status", "--address", f"http://127.0.0.1:{head.gcs_port}", "--json")
     assert ran.code == 2 and "not Ray's dashboard" in ran.error["message"]
+
+
+@pytest.mark.parametrize(
+    ("port", "scheme", "given", "hint"),
+    [
+        ("gcs_port", "", "wrong", "wrong token was given"),
+        ("gcs_port", "", None, "no token was given"),
+        ("client_port", "ray://", "wrong", "wrong token was given"),
+        ("client_port", "ray://", None, "no token was given"),
+        ("client_port", "", "right", "6379 unless"),
+        ("gcs_port", "ray://", "right", "10001 unless"),
+    ],
+)
+def test_ray_itself_is_asked_once_before_work_begins(
+    head: Head,
+    port: str,
+    scheme: str,
+    given: str | None,
+    hint: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray would ask again for minutes, or for ever."""
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
+    if given != "right":
+        monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
+        monkeypatch.setenv("RAY_AUTH_MODE", "token" if given else "")
+    if given == "wrong":
+        monkeypatch.setenv("RAY_AUTH_TOKEN", given)
+    with pytest.raises(InputError, match=hint) as refused:
+        connect(f"{scheme}127.0.0.1:{getattr(head, port)}")
+    assert refused.value.field == "address"
+
+
+def test_a_run_that_waits_for_room_says_so(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workflows.submit._BEGIN_S", 3.0)
+    followed: list[str] = []
+
+    def follow(self: Submission) -> Iterator[str]:
+        followed.append(self.run_id)
+        self.stop()
+        raise KeyboardInterrupt
+        yield ""
+
+    monkeypatch.setattr(Submission, "follow", follow)
+    ran = memedit("submit", "--wait", "--driver-gpus", "8", *edit(head, "never", "--json"))
+    assert ran.code == 1 and followed and "goes on" in ran.error["message"]
+    assert "PENDING" in ran.stderr and "--driver-gpus" in ran.stderr

@@ -589,7 +589,10 @@ def test_a_run_that_is_not_known(cluster: Dashboard) -> None:
 def test_a_log_is_told_once_whatever_breaks(
     cluster: Dashboard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The connection ends too early, then the cluster is away for a while, then the run ends."""
+    """The connection ends too early, then the cluster is away for a while, then the run ends.
+
+    The cluster is away once more when the rest of the log is asked for.
+    """
     jobs = ray_jobs.RayJobs(cluster.address)
     monkeypatch.setattr(ray_jobs, "_POLL_S", 0.01)
     written = "".join(f"line {i}\n" for i in range(9))
@@ -612,9 +615,18 @@ def test_a_log_is_told_once_whatever_breaks(
             raise requests.ConnectionError("away")
         return answered(run_id)
 
+    whole, breaks = jobs._client.get_job_logs, [True, True]
+
+    def at_last(run_id: str) -> str:
+        if breaks:
+            breaks.pop()
+            raise requests.ConnectionError("away")
+        return whole(run_id)
+
     monkeypatch.setattr(jobs._client, "get_job_info", sometimes)
+    monkeypatch.setattr(jobs._client, "get_job_logs", at_last)
     monkeypatch.setattr(jobs, "_tail", tail)
-    assert "".join(jobs.follow("night-1")) == written
+    assert "".join(jobs.follow("night-1")) == written and not breaks
 
 
 def test_a_cluster_that_stays_away(cluster: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
