@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,6 +50,7 @@ from memedit.moments import SecondMoment
 from memedit.progress import Silent
 from memedit.prompts import EncodedRequest
 from memedit.targets import Target
+from workflows.progress import PlainProgress
 
 STAGES = ("statistics", "z", "keys")
 JOB = ("statistics", "z", "keys and solve")
@@ -214,7 +216,9 @@ def opened(spec: ModelSpec) -> Iterator[list[Side]]:
         ray_s = time.perf_counter() - started
         for name, workers in (("one", 1), ("two", 2)):
             started = time.perf_counter()
-            executor = open_executor("ray", spec, workers=workers, threads=1, tell=print)
+            executor = open_executor(
+                "ray", spec, workers=workers, threads=1, progress=PlainProgress(sys.stdout)
+            )
             undo.enter_context(executor)
             took_s = time.perf_counter() - started + ray_s
             sides.append(Side(name=name, executor=executor, start_s=took_s))

@@ -173,6 +173,11 @@ class Dispatch:
         if worker in self._workers:
             self._workers[worker].heard = now
 
+    def in_hand(self, worker: int) -> tuple[int, float] | None:
+        """The unit that a worker is at, and since when, as far as is known."""
+        state = self._workers.get(worker)
+        return (state.units[0], state.since) if state is not None and state.units else None
+
     def done(self, worker: int, unit: int, now: float) -> bool:
         """A unit was done by a worker; whether nobody had done it before."""
         self._durations.append(now - self._workers[worker].since)

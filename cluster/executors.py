@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Callable
 from typing import Literal
 
 from cluster.dispatch import Rules
 from memedit.errors import InputError
 from memedit.executor import Executor, InlineExecutor
 from memedit.model import ModelSpec
+from memedit.progress import Progress
 
 
 def open_executor(
@@ -23,7 +23,7 @@ def open_executor(
     gpus_per_worker: float = 0.0,
     threads: int | None = None,
     rules: Rules | None = None,
-    tell: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Executor:
     """Load the model where the work will be done.
 
@@ -36,7 +36,7 @@ def open_executor(
         gpus_per_worker: GPUs of each Ray actor.
         threads: Threads of each worker; None for torch's choice inline and a fair share on Ray.
         rules: How often and how long Ray's failures are put up with.
-        tell: Told of failures that were mended.
+        progress: Told of the units that end at Ray workers, and of failures that were mended.
 
     Raises:
         InputError: The model cannot be loaded, or the cluster cannot be reached or is too small.
@@ -59,7 +59,7 @@ def open_executor(
         gpus_per_worker=gpus_per_worker,
         threads=threads,
         rules=rules,
-        tell=tell,
+        progress=progress,
     )
 
 

@@ -6,6 +6,8 @@
 | `memedit_expected` | run_id, stage, unit | how many there will be |
 | `memedit_measure` | run_id, stage, measure | the latest loss, error, residual |
 | `memedit_stage_seconds_total` | run_id, stage | seconds of finished stages |
+| `memedit_units_total` | run_id, work, ended (`done`, `failed`) | units of work at workers |
+| `memedit_unit_seconds_total` | run_id, work | how long workers were at units that were done |
 | `memedit_messages_total` | run_id | warnings, replaced workers among them |
 
 Knows Ray's metrics; does not import Ray before it is connected.
@@ -17,7 +19,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from memedit.progress import Progress
+from memedit.progress import Progress, UnitReport
 
 if TYPE_CHECKING:
     from ray.util.metrics import Counter, Gauge
@@ -58,10 +60,19 @@ class Metered(Progress):
             self._tell("memedit_stage_seconds_total", time.monotonic() - began, stage=stage)
         self._progress.finish(stage)
 
-    def message(self, text: str) -> None:
+    def message(self, text: str, *, warning: bool = True) -> None:
         """See `Progress`."""
-        self._tell("memedit_messages_total", 1)
-        self._progress.message(text)
+        if warning:
+            self._tell("memedit_messages_total", 1)
+        self._progress.message(text, warning=warning)
+
+    def unit(self, report: UnitReport) -> None:
+        """See `Progress`."""
+        ended = "failed" if report.failure else "done"
+        self._tell("memedit_units_total", 1, work=report.work, ended=ended)
+        if not report.failure:
+            self._tell("memedit_unit_seconds_total", report.seconds, work=report.work)
+        self._progress.unit(report)
 
     def _tell(self, name: str, value: float, **labels: str) -> None:
         self._waiting.append((name, value, {"run_id": self._run_id, **labels}))

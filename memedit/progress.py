@@ -5,7 +5,24 @@ Knows the three calls; does not know terminals or log formats (`workflows.progre
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitReport:
+    """How a unit of work ended at a worker."""
+
+    work: str
+    """The worker's method: `count`, `targets`, `sum_keys`, `score`, …"""
+    unit_id: int
+    """Its number among the units of one call of `Executor.map`."""
+    worker: str
+    seconds: float
+    attempt: int
+    """1 for the first."""
+    failure: str | None = None
+    """Why it did not end well."""
 
 
 class Progress(Protocol):
@@ -20,8 +37,11 @@ class Progress(Protocol):
     def finish(self, stage: str) -> None:
         """The stage is over."""
 
-    def message(self, text: str) -> None:
+    def message(self, text: str, *, warning: bool = True) -> None:
         """Something that a person should read, such as a warning."""
+
+    def unit(self, report: UnitReport) -> None:
+        """A unit of work has ended at a worker of a cluster, well or not; for logs and metrics."""
 
 
 class Silent:
@@ -36,5 +56,8 @@ class Silent:
     def finish(self, stage: str) -> None:
         """Nothing."""
 
-    def message(self, text: str) -> None:
+    def message(self, text: str, *, warning: bool = True) -> None:
+        """Nothing."""
+
+    def unit(self, report: UnitReport) -> None:
         """Nothing."""

@@ -13,7 +13,7 @@ import os
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal, Self, TextIO
@@ -27,7 +27,7 @@ from rich.text import Text
 
 from memedit.errors import InputError
 from memedit.outcome import STAGES
-from memedit.progress import Progress
+from memedit.progress import Progress, UnitReport
 
 Clock = Callable[[], float]
 
@@ -112,6 +112,9 @@ class Receiver(Progress):
     def close(self, *, failed: bool = False) -> None:
         """End the picture; stages still open are shown as stopped. May be called twice."""
 
+    def unit(self, report: UnitReport) -> None:
+        """Not for people, who see the stages."""
+
     def __enter__(self) -> Self:
         return self
 
@@ -166,9 +169,10 @@ class RichProgress(Receiver):
         """Tick the stage's line and freeze its time."""
         self._end(stage, "done")
 
-    def message(self, text: str) -> None:
+    def message(self, text: str, *, warning: bool = True) -> None:
         """Print a line above the picture."""
-        self._console.print(Text(f"! {text}", style="yellow"), soft_wrap=True)
+        line = Text(f"! {text}", style="yellow") if warning else Text(text, style="dim")
+        self._console.print(line, soft_wrap=True)
 
     def close(self, *, failed: bool = False) -> None:
         """Stop drawing and show the cursor again."""
@@ -313,9 +317,9 @@ class PlainProgress(_LineProgress):
     ) -> None:
         super().__init__(stream, every_s=every_s, clock=clock)
 
-    def message(self, text: str) -> None:
+    def message(self, text: str, *, warning: bool = True) -> None:
         """Write the text as a line of its own."""
-        self._write(f"! {text}")
+        self._write(f"! {text}" if warning else text)
 
     def _tell(self, event: str, stage: str, state: _Stage, seconds: float) -> None:
         rate = _speed(state.done, state.measures, seconds)
@@ -347,9 +351,15 @@ class JsonProgress(_LineProgress):
         super().__init__(stream, every_s=every_s, clock=clock)
         self._run_id = run_id
 
-    def message(self, text: str) -> None:
-        """Write the text with level `warning`."""
-        self._emit(level="warning", event="message", message=text)
+    def message(self, text: str, *, warning: bool = True) -> None:
+        """Write the text with level `warning` or `info`."""
+        self._emit(level="warning" if warning else "info", event="message", message=text)
+
+    def unit(self, report: UnitReport) -> None:
+        """Write a line about every unit, so that a slow or failing one can be found."""
+        told = {k: v for k, v in asdict(report).items() if v is not None}
+        told["seconds"] = round(report.seconds, 3)
+        self._emit(level="warning" if report.failure else "info", event="unit", **told)
 
     def _tell(self, event: str, stage: str, state: _Stage, seconds: float) -> None:
         self._emit(
@@ -405,9 +415,13 @@ class Timed(Receiver):
         self._stop(stage)
         self._progress.finish(stage)
 
-    def message(self, text: str) -> None:
+    def message(self, text: str, *, warning: bool = True) -> None:
         """Pass on."""
-        self._progress.message(text)
+        self._progress.message(text, warning=warning)
+
+    def unit(self, report: UnitReport) -> None:
+        """Pass on."""
+        self._progress.unit(report)
 
     def close(self, *, failed: bool = False) -> None:
         """Stop all watches and close the receiver behind, where it can be closed."""

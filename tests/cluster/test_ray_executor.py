@@ -27,6 +27,7 @@ from memedit.files import LocalFiles
 from memedit.model import ModelSpec
 from memedit.solve import Update
 from tests.cluster.processes import comes_true
+from tests.heard import Heard
 from tests.tiny import HIDDEN, INNER, save_tiny
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def ray_cluster() -> Iterator[Any]:
         num_gpus=2,
         include_dashboard=False,
         object_store_memory=100 << 20,
+        _system_config={"local_fs_capacity_threshold": 0.0},  # no disk to spill to
         log_to_driver=False,
         logging_level="ERROR",
         _node_ip_address="127.0.0.1",
@@ -224,9 +226,9 @@ def test_a_killed_worker_is_replaced_by_one_in_the_same_state(
     ray_cluster: Any, model: Path
 ) -> None:
     spec = ModelSpec(files=LocalFiles(model))  # on the CPU, though it has a GPU
-    told: list[str] = []
+    heard = Heard()
     opened: Any = open_executor(
-        "ray", spec, workers=1, threads=1, gpus_per_worker=1, tell=told.append
+        "ray", spec, workers=1, threads=1, gpus_per_worker=1, progress=heard
     )
     update = Update(layer=1, left_NO=torch.ones(1, HIDDEN), right_NI=torch.ones(1, INNER))
     with opened as executor:
@@ -255,8 +257,8 @@ def test_a_killed_worker_is_replaced_by_one_in_the_same_state(
         assert list(executor.map("sample", [(2, 12, 0)])) == before
         os.kill(executor.seats[0].pid, signal.SIGKILL)
         assert executor.broadcast("sees", spec.files, "config.json") == [True]
-    assert len(told) == 3
-    assert f"worker 1 of 1 (process {first.pid} on 127.0.0.1) died: it was killed" in told[0]
+    assert len(heard.texts) == 3
+    assert f"worker 1 of 1 (process {first.pid} on 127.0.0.1) died: it was killed" in heard.texts[0]
 
 
 def test_work_that_kills_each_worker_is_given_up(
@@ -285,9 +287,9 @@ class Deadly:
 
 def test_a_worker_that_hangs_is_replaced(ray_cluster: Any, model: Path) -> None:
     spec = ModelSpec(files=LocalFiles(model))
-    told: list[str] = []
+    heard = Heard()
     rules = Rules(stall_s=6.0, wait_s=0.1)
-    opened: Any = open_executor("ray", spec, workers=2, threads=1, rules=rules, tell=told.append)
+    opened: Any = open_executor("ray", spec, workers=2, threads=1, rules=rules, progress=heard)
     with opened as executor:
         found: dict[int, Any] = {}
         for done, (index, item) in enumerate(
@@ -299,7 +301,7 @@ def test_a_worker_that_hangs_is_replaced(ray_cluster: Any, model: Path) -> None:
                 os.kill(first.pid, signal.SIGSTOP)
         assert found.keys() == set(range(60))
         assert executor.seats[0].pid != first.pid
-    assert len(told) == 1 and "gave nothing for 6 s and was stopped" in told[0]
+    assert len(heard.texts) == 1 and "gave nothing for 6 s and was stopped" in heard.texts[0]
 
 
 def test_a_long_unit_is_done_by_another_worker_too(ray_cluster: Any, model: Path) -> None:
@@ -376,3 +378,20 @@ def test_signals_end_the_work_and_closing_ends_the_actors(ray_cluster: Any, mode
     assert comes_true(lambda: not _runs(worker), within_s=20)
     # It was connected to a cluster that it had not started.
     assert [node["Alive"] for node in ray_cluster.nodes()] == [True]
+
+
+def test_a_full_object_store_says_what_to_do(fresh: RayExecutor, ray_cluster: Any) -> None:
+    from ray.exceptions import OutOfDiskError
+
+    held = [ray_cluster.put(torch.zeros(5 << 20)) for _ in range(3)]
+    for work in (
+        lambda: fresh.broadcast("held", torch.zeros(10 << 20)),
+        lambda: list(fresh.map("sample", [(torch.zeros(10 << 20),)])),
+    ):
+        with pytest.raises(MemeditError, match="--object-store-memory"):
+            work()
+    unit = (1, 10, 0)
+    assert len(list(fresh.map("sample", [unit]))) == 1  # goes on
+    del held
+    why = fresh.crew.obituary(fresh.crew.slots[0], OutOfDiskError("Local disk is full"))
+    assert "no room for its results" in why and "killed" not in why

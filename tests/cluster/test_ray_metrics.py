@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.ray_metrics import Metered
-from memedit.progress import Silent
+from memedit.progress import Silent, UnitReport
 from tests.cluster.s3_places import child_environment
 
 
@@ -31,14 +31,26 @@ class Told(Silent):
     def finish(self, stage: str) -> None:
         self.calls.append(("finish", stage))
 
-    def message(self, text: str) -> None:
-        self.calls.append(("message", text))
+    def message(self, text: str, *, warning: bool = True) -> None:
+        self.calls.append(("message", text, warning))
+
+    def unit(self, report: UnitReport) -> None:
+        self.calls.append(("unit", report))
+
+
+def a_report(failure: str | None = None) -> UnitReport:
+    return UnitReport(
+        work="targets", unit_id=3, worker="worker 1 of 2", seconds=1.25, attempt=2, failure=failure
+    )
 
 
 def a_run(progress: Any) -> None:
     progress.start("targets", total=3, unit="facts")
     progress.advance("targets", 2, loss=0.5)
+    progress.unit(a_report())
+    progress.unit(a_report(failure="it died"))
     progress.message("a worker died")
+    progress.message("for your information", warning=False)
     progress.advance("targets", 1, loss=0.25)
     progress.finish("targets")
 
@@ -119,3 +131,6 @@ def test_what_prometheus_reads() -> None:
     assert value("memedit_measure", stage="targets", measure="loss") == 0.25
     assert value("memedit_messages_total") == 1
     assert value("memedit_stage_seconds_total", stage="targets") >= 0
+    for ended in ("done", "failed"):
+        assert value("memedit_units_total", work="targets", ended=ended) == 1
+    assert value("memedit_unit_seconds_total", work="targets") == 1.25

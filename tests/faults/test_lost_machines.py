@@ -23,6 +23,7 @@ from memedit.files import LocalFiles
 from memedit.model import ModelSpec
 from tests.cluster.processes import comes_true, processes_with
 from tests.cluster.s3_places import child_environment
+from tests.heard import Heard
 from tests.tiny import save_tiny
 from tests.workflows.runs import FACTS, quick, write_rows
 
@@ -62,9 +63,9 @@ def test_a_lost_machine_is_done_without_and_a_new_one_is_used(cluster: Any, fold
     with InlineExecutor(spec, threads=1) as inline:
         expected = dict(inline.map("sample", units))
     torch.set_num_threads(threads)
-    told: list[str] = []
+    heard = Heard()
     rules = Rules(wait_s=0.1)
-    opened: Any = open_executor("ray", spec, workers=2, threads=1, rules=rules, tell=told.append)
+    opened: Any = open_executor("ray", spec, workers=2, threads=1, rules=rules, progress=heard)
     with opened as executor:
         assert len(executor.seats) == 2
         found: dict[int, Any] = {}
@@ -74,7 +75,7 @@ def test_a_lost_machine_is_done_without_and_a_new_one_is_used(cluster: Any, fold
                 cluster.remove_node(cluster.second, allow_graceful=False)
         assert found == expected
         assert len(executor.seats) == 1  # for another there is no room
-        assert len(told) == 1 and "another one takes its place" in told[0]
+        assert len(heard.texts) == 1 and "another one takes its place" in heard.texts[0]
         cluster.add_node(**cluster.machine)
 
         def both_work() -> bool:

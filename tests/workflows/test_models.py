@@ -21,19 +21,10 @@ from memedit.errors import InputError
 from memedit.manifest import UNFINISHED_NAME, write_manifest
 from memedit.progress import Silent
 from tests.elsewhere import Elsewhere
+from tests.heard import Heard
 from tests.memedit.test_manifest import manifest_of
 from workflows import models
 from workflows.models import cache_folder, resolve_model
-
-
-class Messages(Silent):
-    """Keeps the messages of a job."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.texts.append(text)
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +189,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 class TestEmbedded:
     def test_is_converted_once(self, tmp_path: Path, stand_in: dict[str, int]) -> None:
-        progress = Messages()
+        progress = Heard()
         first = resolve_model("smollm2", cache=tmp_path / "cache", progress=progress)
         again = resolve_model("smollm2", cache=tmp_path / "cache", progress=progress)
         assert first == again and first.name == "smollm2"
@@ -227,7 +218,7 @@ class TestEmbedded:
             (folder / models.MARKER_NAME).write_text("[]")
         else:
             monkeypatch.setattr(models, "_CONVERSION", "another")
-        progress = Messages()
+        progress = Heard()
         assert resolve_model("smollm2", cache=tmp_path, progress=progress).files.here == folder
         assert "damaged or of an older version" in progress.texts[0]
         assert stand_in["conversions"] == 2 and weights.read_bytes() == whole

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from memedit.errors import InputError
 from memedit.outcome import STAGES
+from memedit.progress import UnitReport
 from workflows.progress import (
     JsonProgress,
     PlainProgress,
@@ -99,6 +101,23 @@ def test_json_lines_are_strict_and_complete_and_not_too_many():
         "run_id": "run-1",
     }
     assert lines[-2]["level"] == "warning" and "sink" in lines[-2]["message"]
+
+
+def test_a_unit_is_a_line_for_machines_only():
+    failed = UnitReport(
+        work="targets", unit_id=7, worker="worker 2 of 8", seconds=1.23456, attempt=1, failure="hit"
+    )
+    out, plain = io.StringIO(), io.StringIO()
+    for progress in (JsonProgress(out, "run-1"), PlainProgress(plain)):
+        Timed(progress).unit(failed)
+        Timed(progress).unit(replace(failed, attempt=2, failure=None))
+        progress.message("see http://head:8265", warning=False)
+    first, second, third = map(json.loads, out.getvalue().splitlines())
+    assert (first["event"], first["level"], first["failure"]) == ("unit", "warning", "hit")
+    assert (second["unit_id"], second["attempt"], second["seconds"]) == (7, 2, 1.235)
+    assert (second["level"], second["run_id"]) == ("info", "run-1") and "failure" not in second
+    assert third["level"] == "info"
+    assert plain.getvalue() == "see http://head:8265\n"
 
 
 def _drawn(width: int = 80) -> tuple[io.StringIO, RichProgress]:
