@@ -83,7 +83,7 @@ def statistics(
 ) -> dict[str, float]:
     """Tokens a second of the second moments, in batches as workers count them."""
     random = torch.Generator().manual_seed(0)
-    rows = max(1, collect._TOKENS_PER_COUNT // WINDOW)
+    rows = max(1, collect.TOKENS_PER_COUNT // WINDOW)
     vocabulary = len(loaded.tokenizer)
     batches = [
         torch.randint(vocabulary, (rows, WINDOW), generator=random).tolist()

@@ -142,7 +142,7 @@ class Bench:
 
     def keys(self, encoded: Sequence[EncodedRequest]) -> None:
         """Keys and current values of all layers, no update between them; only for workers."""
-        size = stages._FACTS_PER_KEY_UNIT
+        size = stages.FACTS_PER_KEY_UNIT
         layers = self.settings.layers
         starts = range(0, len(encoded), size)
 

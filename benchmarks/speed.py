@@ -60,7 +60,7 @@ from workflows.models import resolve_model
 
 T = TypeVar("T")
 # Slices are whole units of memedit's own work, so that taking turns costs it nothing.
-TOKENS_PER_UNIT = collect._TOKENS_PER_COUNT
+TOKENS_PER_UNIT = collect.TOKENS_PER_COUNT
 
 
 @dataclass(kw_only=True)

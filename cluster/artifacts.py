@@ -108,7 +108,14 @@ class Artifacts:
 
     def moment(self, digest: str) -> SecondMoment | None:
         """A second moment, if it was kept."""
-        return self._read(_name("moments", digest), load_moment)
+
+        def read(path: Path) -> SecondMoment:
+            moment = load_moment(path)
+            if not bool(moment.sum_II.diagonal().isfinite().all()):
+                raise ValueError("NaN")
+            return moment
+
+        return self._read(_name("moments", digest), read)
 
     def has_moment(self, digest: str) -> bool:
         """Whether a second moment was kept; does not read its matrix."""
@@ -146,9 +153,12 @@ class Artifacts:
             digests: Of each fact, by that name.
         """
         if self.depot is not None:
-            names = (_name("targets", digest) for digest in digests.values())
-            missing = [name for name in names if not (self.folder / name).exists()]
-            self.depot.each_small(missing, self._put)
+            names = {_name("targets", digest) for digest in digests.values()}
+            there = self.depot.names({name.rpartition("/")[0] for name in names})
+            here = {name for name in names if (self.folder / name).exists()}
+            self.depot.each_small((names & there) - here, self._put)
+            for name in here - there:  # from a run that did not know the depot, or was killed
+                self.depot.keep(self.folder, name)
         kept = {case_id: self.target(digest, case_id) for case_id, digest in digests.items()}
         return {case_id: target for case_id, target in kept.items() if target is not None}
 
@@ -160,6 +170,8 @@ class Artifacts:
                 facts = json.loads((file.metadata() or {})["target"])
                 z_O = file.get_tensor("z_O")
             losses = tuple(facts.pop("losses"))
+            if not bool(z_O.isfinite().all()):
+                raise ValueError("NaN")
             return Target(case_id=case_id, z_O=z_O, losses=losses, **facts)
 
         return _sound(self.folder / _name("targets", digest), read)
@@ -196,12 +208,15 @@ class Artifacts:
         """What is made of a file; fetched where there is none, or none that is sound."""
         path = self.folder / name
         found = _sound(path, read)
-        if found is None and self.depot is not None and self.depot.has(name):
-            with _appearing(path) as partial:
-                self.depot.fetch(name, partial)
-            found = _sound(path, read)
-            if found is None:
-                self.depot.drop([name])  # or it could never be kept again
+        if self.depot is None:
+            return found
+        if found is None:
+            if self.depot.has(name):
+                with _appearing(path) as partial:
+                    fetched = self.depot.fetch(name, partial)
+                found = _sound(path, read) if fetched else None
+        elif not self.depot.has(name):  # from a run that did not know the depot, or was killed
+            self.depot.keep(self.folder, name)
         return found
 
     def _put(self, name: str, content: bytes) -> None:
@@ -253,12 +268,12 @@ def _appearing(path: Path) -> Iterator[Path]:
     """A file to write that appears when the block ends, in a folder that is made for it."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(path.parent)
+    remove_stale(path.parent)
     with whole_file(path) as partial:
         yield partial
 
 
-def _remove_stale(folder: Path) -> None:
+def remove_stale(folder: Path) -> None:
     """Remove what killed runs have left."""
     with suppress(OSError):  # another process may be quicker
         for partial in folder.glob("*.partial"):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +37,8 @@ class Depot:
         Raises:
             InputError: Not such a location.
         """
-        return cls(Place.of(location, storage))
+        # Of the class of notes: z vectors are small, and read again the next night.
+        return cls(Place.of(location, storage.of_notes if storage else None))
 
     def check(self) -> None:
         """Find out now, not after hours, whether objects can be written there.
@@ -54,50 +54,59 @@ class Depot:
         """Whether there is such an object."""
         return self.place.head(name) is not None
 
-    def fetch(self, name: str, path: Path) -> None:
-        """Write the content of an object to `path`.
+    def fetch(self, name: str, path: Path) -> bool:
+        """Write the content of an object to `path`; False where there is none (any more).
 
         Raises:
-            InputError: There is no such object.
+            InputError: It has changed meanwhile, or `path` cannot be written.
         """
-        File(S3Files(self.place), name).fetch(path)
+        files = S3Files(self.place)
+        if files.size(name) is None:
+            return False
+        try:
+            File(files, name).fetch(path)
+        except InputError:
+            if self.has(name):
+                raise
+            return False
+        return True
 
     def each_small(self, names: Iterable[str], take: Callable[[str, bytes], None]) -> None:
         """Hand on the content of those small objects that are there; from several threads."""
 
         def fetch(name: str) -> None:
-            if (found := self.place.get(name)) is not None:
-                take(name, found[0])
+            if (content := self.read(name)) is not None:
+                take(name, content)
 
         done_all(threads().map(fetch, names))
 
-    def read(self, name: str) -> bytes:
-        """A small object, whole.
-
-        Raises:
-            InputError: There is no such object.
-        """
+    def read(self, name: str) -> bytes | None:
+        """A small object, whole; None where there is none."""
         found = self.place.get(name)
-        if found is None:
-            raise InputError("there is no such object", source=self.place.at(name))
-        return found[0]
+        return None if found is None else found[0]
 
     def write(self, name: str, content: bytes) -> None:
         """Put a small object in place of what was there."""
         self.place.put(name, content)
 
-    def names(self, folder: str) -> list[str]:
-        """The objects in a folder."""
-        return list(self.place.listing(folder, deep=False)[0])
+    def names(self, folders: Iterable[str]) -> set[str]:
+        """The objects directly in some folders."""
+        listed = threads().map(lambda folder: self.place.listing(folder, deep=False)[0], folders)
+        return {name for found in listed for name in found}
 
     def keep(self, folder: Path, name: str) -> None:
-        """Send a file; a large one only where there is no such object yet."""
+        """Send a file, in place of what was there."""
         path = folder / name
         if path.stat().st_size <= _SMALL_BYTES:
             self.place.put(name, path.read_bytes())
             return
-        with suppress(LockError):  # somebody else was quicker with the same
+        if self.has(name):  # whoever makes it again found it unsound
+            self.drop([name])
+        try:
             S3Sink(self.place).copy(File(LocalFiles(folder), name), None)
+        except LockError:  # somebody else was quicker with the same
+            if not self.has(name):
+                raise
 
     def drop(self, names: Iterable[str]) -> None:
         """Remove objects; those that are not there do not matter."""

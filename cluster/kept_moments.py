@@ -9,14 +9,15 @@ import hashlib
 import json
 import secrets
 import shutil
+import time
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from cluster.artifacts import Artifacts
+from cluster.artifacts import Artifacts, remove_stale
 from cluster.store import Guard
 from memedit.collect import Kept
 from memedit.errors import InputError, LockError
@@ -25,6 +26,8 @@ from memedit.moments import SecondMoment, check_moment, load_moment, save_moment
 from memedit.writing import whole_file, writing
 
 _UNITS_NAME = "units.json"
+_LEFT_S = 14 * 86_400
+"""What nobody has gone on with for so long is removed from the folder."""
 
 
 class KeptMoments(Kept):
@@ -60,41 +63,55 @@ class KeptMoments(Kept):
                 stack.close()
                 yield None
             else:
+                self._sweep()
                 yield self
+
+    def _sweep(self) -> None:
+        """Remove what runs have left here that nobody went on with."""
+        for folder in self.folder.parent.iterdir():
+            lock = folder.with_name(f"{folder.name}.lock")
+            with suppress(OSError, LockError):
+                if folder.is_dir() and time.time() - folder.stat().st_mtime > _LEFT_S:
+                    with exclusive_lock(lock):
+                        shutil.rmtree(folder, ignore_errors=True)
 
     def load(self) -> tuple[frozenset[int], Mapping[int, SecondMoment]]:
         """See `Kept`; what is damaged counts as not kept."""
-        try:
-            found = json.loads(self._units())
-            paths = {int(layer): self.folder / name for layer, name in found["layers"]}
-            for path in paths.values():
-                self._check(path)
-            return frozenset(found["units"]), _MomentFiles(paths)
-        except (OSError, ValueError, KeyError, TypeError, InputError):
+        raw = self._units()
+        if raw is None:
             return frozenset(), {}
-
-    def _units(self) -> bytes:
-        if self._depot is None:
-            return (self.folder / _UNITS_NAME).read_bytes()
-        return self._depot.read(f"{self._name}/{_UNITS_NAME}")
-
-    def _check(self, path: Path) -> None:
-        """Make sure that a moment is there, and sound."""
         try:
-            check_moment(path)
-        except InputError:
-            if self._depot is None:
-                raise
-            with writing(path):
-                self.folder.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as partial:
-                self._depot.fetch(f"{self._name}/{path.name}", partial)
-            check_moment(path)
+            found = json.loads(raw)
+            units = frozenset(map(int, found["units"]))
+            paths = {int(layer): self.folder / name for layer, name in found["layers"]}
+        except (ValueError, KeyError, TypeError):
+            return frozenset(), {}
+        sound = all(_is_sound(path) or self._fetched(path) for path in paths.values())
+        return (units, _MomentFiles(paths)) if sound else (frozenset(), {})
+
+    def _units(self) -> bytes | None:
+        if self._depot is not None:
+            return self._depot.read(f"{self._name}/{_UNITS_NAME}")
+        path = self.folder / _UNITS_NAME
+        return path.read_bytes() if path.exists() else None
+
+    def _fetched(self, path: Path) -> bool:
+        """Whether a moment is in the depot, sound; it is in the folder then."""
+        if self._depot is None:
+            return False
+        with writing(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as partial:
+            there = self._depot.fetch(f"{self._name}/{path.name}", partial)
+            if not there:
+                partial.touch()
+        return there and _is_sound(path)
 
     def save(self, units: Iterable[int], moments: Iterable[SecondMoment]) -> None:
         """See `Kept`."""
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+        remove_stale(self.folder)
         turn, names = secrets.token_hex(4), {}
         for moment in moments:
             names[moment.layer] = f"{turn}-{moment.layer}.safetensors"
@@ -116,12 +133,23 @@ class KeptMoments(Kept):
     def _drop(self, *, but: Sequence[str] = ()) -> None:
         if self._depot is not None:
             kept = {f"{self._name}/{name}" for name in but}
-            self._depot.drop(n for n in self._depot.names(self._name) if n not in kept)
+            self._depot.drop(sorted(self._depot.names([self._name]) - kept))
 
     def forget(self) -> None:
-        """See `Kept`."""
-        self._drop()
+        """See `Kept`; what another run has taken over is its own."""
+        with suppress(LockError):
+            if self._lease is not None:
+                self._lease.check()
+            self._drop()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        check_moment(path)
+    except InputError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,9 @@ class Slot:
     seat: Seat | None = None
     begun: Any = None
     """What tells that it is ready, or None once it is."""
+    seated: Any = None
+    """What tells that its process runs; it may have to wait for a machine."""
+    loading_since: float | None = None
     left: set[Any] = field(default_factory=set)
     """Calls whose results nobody waits for any more."""
     deaths: int = 0
@@ -101,7 +104,7 @@ class Crew:
         """
         for slot in self.slots:
             self.launch(slot)
-        calls = [slot.actor.seat.remote() for slot in self.slots]
+        calls = [slot.seated for slot in self.slots]
         _, waiting = ray.wait(calls, num_returns=len(calls), timeout=self._start_timeout_s)
         if waiting:
             placement, free = self._placement, ray.available_resources()  # type: ignore[no-untyped-call]
@@ -144,6 +147,7 @@ class Crew:
             runtime_env={"env_vars": pools},
         )
         slot.actor, slot.seat, slot.left = make.remote(self._placement), None, set()
+        slot.seated, slot.loading_since = slot.actor.seat.remote(), None
         slot.begun = slot.actor.begin.remote(self._spec, self.story)
 
     def welcome(self, slot: Slot, *, first: bool = False) -> None:
@@ -176,6 +180,19 @@ class Crew:
         self._tell(f"{reason}; another one takes its place")
         self.launch(slot)
 
+    def _bury_overdue(self) -> None:
+        """Replace those that run, but have not loaded the model in time."""
+        for slot in self.slots:
+            if slot.begun is None:
+                continue
+            now = time.monotonic()
+            if slot.loading_since is None:
+                if ray.wait([slot.seated], timeout=0)[0]:
+                    slot.loading_since = now
+            elif now - slot.loading_since > self.patience_s:
+                why = f"has not loaded the model within {self.patience_s:g} s"
+                self.bury(slot, f"{self.name(slot)} {why}")
+
     @property
     def patience_s(self) -> float:
         """How long a worker may take to start and to load the model."""
@@ -198,6 +215,7 @@ class Crew:
         Raises:
             MemeditError: None is, and none will be.
         """
+        self._bury_overdue()
         until = time.monotonic() + self.patience_s
         while not any(slot.ready for slot in self.slots):
             starting = [slot for slot in self.slots if slot.begun is not None]

@@ -74,6 +74,8 @@ class RayExecutor(Executor):
             spec = replace(spec, files=LocalFiles(spec.files.here.absolute()))
         self.rules, self._progress = rules or Rules(), progress or Silent()
         self._ends = ExitStack()
+        self._units: dict[str, int] = {}
+        """How many units of each kind there were, so that each has a number of its own."""
         try:
             connection = connect(address)
             if connection.ours:
@@ -128,12 +130,17 @@ class RayExecutor(Executor):
                 joined.add(slot.number)
                 dispatch.joined(slot.number, time.monotonic())
 
+        first = self._units.get(method, 0)
+        self._units[method] = first + len(units)
+
         def report(slot: Slot, unit: int, failure: str | None = None) -> None:
+            if dispatch.is_done(unit):  # a copy that came later
+                return
             at = dispatch.in_hand(slot.number)
             self._progress.unit(
                 UnitReport(
                     work=method,
-                    unit_id=unit,
+                    unit_id=first + unit,
                     worker=self.crew.name(slot),
                     seconds=0.0 if at is None else time.monotonic() - at[1],
                     attempt=dispatch.attempts(unit) + 1,
@@ -212,7 +219,8 @@ class RayExecutor(Executor):
         others += [call for slot in self.crew.slots for call in slot.left]
         timeout_s = dispatch.pause_s(time.monotonic())
         busy = {slot.number for slot, _ in calls.values()}
-        if len(busy) < len([slot for slot in self.crew.slots if slot.free]):
+        idle = len(busy) < len([slot for slot in self.crew.slots if slot.free])
+        if idle or any(slot.begun is not None for slot in self.crew.slots):
             timeout_s = min(timeout_s, LOOK_S)
         if not calls and not others:
             time.sleep(timeout_s)  # until a unit that has failed may be tried again

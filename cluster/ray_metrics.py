@@ -7,6 +7,7 @@
 | `memedit_measure` | run_id, stage, measure | the latest loss, error, residual |
 | `memedit_stage_seconds_total` | run_id, stage | seconds of finished stages |
 | `memedit_units_total` | run_id, work, ended (`done`, `failed`) | units of work at workers |
+| `memedit_retries_total` | run_id, work | attempts after the first that ended |
 | `memedit_unit_seconds_total` | run_id, work | how long workers were at units that were done |
 | `memedit_messages_total` | run_id | warnings, replaced workers among them |
 
@@ -70,6 +71,8 @@ class Metered(Progress):
         """See `Progress`."""
         ended = "failed" if report.failure else "done"
         self._tell("memedit_units_total", 1, work=report.work, ended=ended)
+        if report.attempt > 1:
+            self._tell("memedit_retries_total", 1, work=report.work)
         if not report.failure:
             self._tell("memedit_unit_seconds_total", report.seconds, work=report.work)
         self._progress.unit(report)

@@ -14,13 +14,15 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from memedit.config import MomentSettings
+from memedit.errors import LockError, MemeditError
 from memedit.executor import Executor
 from memedit.moments import SecondMoment, Spread
 from memedit.progress import Progress, Silent
 from memedit.reduction import reduce_rows
 from memedit.tally import Held, held_units
 
-_TOKENS_PER_COUNT = 2048
+TOKENS_PER_COUNT = 2048
+"""Of one unit, which is also one batch."""
 _COUNTS_PER_ROUND = 8
 """Convergence is looked at after this many batches, whoever counted them."""
 KEEP_S = 300.0
@@ -57,7 +59,7 @@ def collect_moments(
     `settings.tolerance`.
     """
     count_0 = settings.position_0 == "include"
-    batches = _batches(windows, _TOKENS_PER_COUNT)
+    batches = _batches(windows, TOKENS_PER_COUNT)
     collection = _Collection(
         executor,
         [(unit, batch, layers, count_0) for unit, batch in enumerate(batches)],
@@ -113,7 +115,7 @@ class _Collection:
                     spreads[layer] = spreads[layer].merge(part) if layer in spreads else part
             error = max(spread.error for spread in spreads.values())
             self.progress.advance("stats", 0, error=error)
-            if missing and self.kept is not None and time.monotonic() >= self.next_save:
+            if self.kept is not None and time.monotonic() >= self.next_save:
                 self._save(self.kept)
 
     def _round(self) -> int:
@@ -163,12 +165,21 @@ class _Collection:
                 return replace(merged, sum_II=sum_II)
 
     def _save(self, kept: Kept) -> None:
+        """Keep what there is, and let the workers begin anew; where that fails, they go on."""
         began = time.monotonic()
-        kept.save(self.wanted, (self.moment(layer) for layer in self.layers))
-        self.before, self.moments = kept.load()
-        if self.before != self.wanted:
-            raise RuntimeError("what was counted could not be kept: something else is there")
-        self.executor.broadcast("forget", "moments")
+        try:
+            kept.save(self.wanted, (self.moment(layer) for layer in self.layers))
+            self.before, self.moments = kept.load()
+        except LockError as error:
+            self.progress.message(f"what is counted is kept no longer: {error}")
+            self.kept = None
+        except MemeditError as error:  # later, perhaps
+            self.progress.message(f"what was counted could not be kept: {error}")
+        else:
+            if self.before == self.wanted:
+                self.executor.broadcast("forget", "moments")
+            else:  # something else is there now; the workers have the most of it
+                self.before, self.moments = frozenset(), {}
         now = time.monotonic()
         self.next_save = now + max(KEEP_S, (now - began) / KEEP_SHARE)
 

@@ -18,12 +18,12 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from memedit.architecture import Architecture, skeleton
+from memedit.collect import TOKENS_PER_COUNT
 from memedit.prompts import EncodedRequest
 from memedit.solve import factors_are_cheaper
 from memedit.targets import fitting, needs_kl_row
 
 _SKETCH_WIDTH = 32  # of the convergence estimate of the second moments
-_TOKENS_PER_COUNT = 2048  # tokens of one batch of the statistics
 _FLOAT64 = 8
 _MOST_SAMPLED = 160
 
@@ -368,7 +368,7 @@ def worker_memory(
     """
     m, i, o, b = len(layers), shape.inner, shape.hidden, itemsize
     above = shape.blocks - max(layers) - 1
-    batch = _TOKENS_PER_COUNT
+    batch = TOKENS_PER_COUNT
     per_token = 2 * o + 2 * shape.attention_width + 3 * i
     states = texts.batch_states
     kept = above * b * (texts.batch_from * per_token + states * 2 * shape.attention_width)

@@ -31,6 +31,13 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that a GPU has no room, in whichever library's words."""
+    told = str(error)
+    words = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in told for word in words)
+
+
 @cache
 def _malloc_trim() -> ctypes._NamedFuncPointer | None:
     """The malloc_trim of glibc; other C libraries have none and need none."""

@@ -16,7 +16,7 @@ class UnitReport:
     work: str
     """The worker's method: `count`, `targets`, `sum_keys`, `score`, …"""
     unit_id: int
-    """Its number among the units of one call of `Executor.map`."""
+    """Its number among the run's units of this work."""
     worker: str
     seconds: float
     attempt: int

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from memedit.config import EvaluationSettings, TargetSettings
 from memedit.errors import NumericalError
 from memedit.evaluate import SIDE_EFFECTS, evaluation_of
 from memedit.executor import Executor, Failed
-from memedit.memory import trim_memory
+from memedit.memory import is_out_of_memory, release_memory, trim_memory
 from memedit.moments import SecondMoment
 from memedit.outcome import Evaluation, FactResult, MomentSummary
 from memedit.progress import Progress
@@ -32,8 +33,8 @@ from memedit.tally import held_units
 from memedit.targets import Target, default_tokens_per_batch, whole_batches
 
 _BATCHES_PER_UNIT = 2
-_FACTS_PER_KEY_UNIT = 64
-_FACTS_PER_SCORE_UNIT = 64
+FACTS_PER_KEY_UNIT = 64
+FACTS_PER_SCORE_UNIT = 64
 
 
 def once(executor: Executor, method: str, *arguments: Any) -> Any:
@@ -176,65 +177,106 @@ def solve_layers(
     progress.start("solve", total=len(layers), unit="layers")
     z_NO = torch.stack([target.z_O for target in targets])
     units = [
-        (start, requests[start : start + _FACTS_PER_KEY_UNIT])
-        for start in range(0, len(requests), _FACTS_PER_KEY_UNIT)
+        (start, requests[start : start + FACTS_PER_KEY_UNIT])
+        for start in range(0, len(requests), FACTS_PER_KEY_UNIT)
     ]
-    solved = []
+    solved: list[SolvedLayer] = []
     for depth, layer in enumerate(layers):
         share = 1 / (len(layers) - depth) / residual_scale
         moment = moments[layer]
-        summary, moment_II = moment.summary, moment.value_II.to(device)
+        summary, matrices = moment.summary, [moment.value_II]
         del moment  # its sum is as large as its value
-        factor = MomentFactor(moment_II, ridge=ridge, layer=layer)
-        del moment_II  # with a ridge the factor holds another
-        if factors_are_cheaper(len(requests), len(factor.moment_II), z_NO.shape[1]):
-            keys_NI, residuals_NO = _keys(executor, units, z_NO, layer, layers[-1])
-            residual_norm = float(residuals_NO.norm(dim=1).mean())
-            problem = LayerProblem(
-                layer=layer,
-                keys_NI=keys_NI.to(device),
-                residuals_NO=(residuals_NO * share).to(device),
-                moment=factor,
-                lam=lam,
-            )
-            del keys_NI, residuals_NO
-            update = method.from_factors(problem).cpu()
-            del problem
+        keys: _Factors | _Sums
+        if factors_are_cheaper(len(requests), len(matrices[0]), z_NO.shape[1]):
+            keys = _factors(executor, units, z_NO, layer, layers[-1])
         else:
-            sums = _sums(executor, units, z_NO, share, layer, layers[-1], len(factor.moment_II))
-            residual_norm = sums.residual_norm
-            update = method.from_sums(
-                layer=layer,
-                keys_II=sums.keys_II.to(device),
-                residual_keys_OI=sums.residual_keys_OI.to(device),
-                moment_II=factor.moment_II,
-                lam=lam,
-            ).cpu()
-            del sums
+            keys = _sums(executor, units, z_NO, share, layer, layers[-1], len(matrices[0]))
+        solve = partial(_solve, method, keys, layer=layer, share=share, lam=lam, ridge=ridge)
+        update: Update | None = None
+        if device.type != "cpu":
+            try:
+                update = solve(matrices[0].to(device), device)
+            except RuntimeError as error:  # a worker's model may lie there too
+                if not is_out_of_memory(error):
+                    raise
+                progress.message(
+                    f"layer {layer} does not fit into {device}: on the CPU from now on"
+                )
+                device = torch.device("cpu")
+            release_memory()
+        if update is None:
+            update = solve(matrices.pop(), device)
         executor.broadcast("apply", update, stored[layer])
-        solved.append(SolvedLayer(update=update, residual_norm=residual_norm, moment=summary))
-        del factor
+        norm = keys.residual_norm
+        solved.append(SolvedLayer(update=update, residual_norm=norm, moment=summary))
+        del keys, solve, matrices
         trim_memory()
-        progress.advance("solve", 1, residual=residual_norm)
+        progress.advance("solve", 1, residual=norm)
     progress.finish("solve")
     return solved
 
 
-def _keys(
+def _solve(
+    method: Method,
+    keys: _Factors | _Sums,
+    moment_II: Tensor,
+    device: torch.device,
+    *,
+    layer: int,
+    share: float,
+    lam: float,
+    ridge: float,
+) -> Update:
+    """The update of one layer, computed where `moment_II` is."""
+    factor = MomentFactor(moment_II, ridge=ridge, layer=layer)
+    del moment_II  # with a ridge the factor holds another
+    if isinstance(keys, _Sums):
+        return method.from_sums(
+            layer=layer,
+            keys_II=keys.keys_II.to(device),
+            residual_keys_OI=keys.residual_keys_OI.to(device),
+            moment_II=factor.moment_II,
+            lam=lam,
+        ).cpu()
+    problem = LayerProblem(
+        layer=layer,
+        keys_NI=keys.keys_NI.to(device),
+        residuals_NO=(keys.residuals_NO * share).to(device),
+        moment=factor,
+        lam=lam,
+    )
+    return method.from_factors(problem).cpu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Factors:
+    """Keys and residuals z − h^L of a few facts, float64, and the mean ‖z − h^L‖."""
+
+    keys_NI: Tensor
+    residuals_NO: Tensor
+    residual_norm: float
+
+
+def _factors(
     executor: Executor,
     units: Sequence[tuple[int, Sequence[EncodedRequest]]],
     z_NO: Tensor,
     layer: int,
     last_layer: int,
-) -> tuple[Tensor, Tensor]:
-    """Keys [N, I] and z − h^L [N, O] of all facts, float64."""
+) -> _Factors:
+    """Keys [N, I] and z − h^L [N, O] of all facts."""
     calls = [(*unit, layer, last_layer) for unit in units]
     parts = dict(executor.map("keys", calls, sticky=True))
     keys_NI = torch.cat([parts[i].keys_NI for i in range(len(units))]).double()
     current_NO = torch.cat([parts[i].current_NO for i in range(len(units))]).double()
     if not bool(keys_NI.isfinite().all() and current_NO.isfinite().all()):
         raise NumericalError(f"the keys of layer {layer} are not finite")
-    return keys_NI, z_NO.double() - current_NO
+    residuals_NO = z_NO.double() - current_NO
+    return _Factors(
+        keys_NI=keys_NI,
+        residuals_NO=residuals_NO,
+        residual_norm=float(residuals_NO.norm(dim=1).mean()),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +342,7 @@ def judge(
     `heldout`, `reference` and `settings` are those of `memedit.evaluate.measure_side_effects`.
     """
     progress.start("evaluate", total=len(requests), unit="facts")
-    size = _FACTS_PER_SCORE_UNIT
+    size = FACTS_PER_SCORE_UNIT
     units = [(requests[i : i + size], settings) for i in range(0, len(requests), size)]
     results: dict[str, FactResult] = {}
 

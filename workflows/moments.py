@@ -246,7 +246,11 @@ def moments_for(
         corpus={"name": source.corpus.spec, "digest": source.digest},
         settings=asdict(settings.moments),
     )
-    if all(map(artifacts.has_moment, digests.values())):
+
+    def all_kept() -> bool:
+        return all(map(artifacts.has_moment, digests.values()))
+
+    if all_kept():
         progress.start("stats", total=len(digests), unit="layers")
         progress.advance("stats", len(digests))
         progress.finish("stats")
@@ -254,6 +258,8 @@ def moments_for(
     windows = source.windows(executor, progress)
     unfinished = KeptMoments(artifacts, digest_of(digests, windows_digest(windows)))
     with unfinished.held() as kept:
+        if all_kept():  # by the run that held it before
+            return stored
         for moment in collect_moments(
             executor,
             windows,

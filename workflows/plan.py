@@ -7,7 +7,6 @@ not here yet, config.json and the index are enough. Loads no model. The arithmet
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from memedit import generate
 from memedit.architecture import architecture_of
 from memedit.checkpoint import Checkpoint
 from memedit.config import EditSettings
@@ -24,18 +22,14 @@ from memedit.cost import (
     ModelShape,
     TextCounts,
     count_texts,
-    driver_memory,
-    evaluation_memory,
     evaluation_work,
     keys_work,
-    sampling_memory,
     sampling_work,
     shape_of,
     si,
     solve_work,
     statistics_work,
     targets_work,
-    worker_memory,
 )
 from memedit.defaults import defaults_for
 from memedit.errors import InputError
@@ -52,14 +46,15 @@ from workflows.findings import layers_text, plural
 from workflows.models import resolve_model
 from workflows.moments import MIN_TOKENS_PER_WIDTH, check_window, corpus_of
 from workflows.outline import index_without_weights, outline
+from workflows.plan_memory import memory_of, workers_of
 from workflows.progress import duration
 from workflows.rate import measured_rate
+from workflows.schedule import cuts, moved, schedule
 from workflows.session import (
     Base,
     contexts_of,
     device_of_job,
     encode_facts,
-    gpus_of_job,
     settings_of,
 )
 from workflows.settings import PlanJob
@@ -75,8 +70,6 @@ EFFICIENCY: Mapping[str, float] = {
 """The share of the matrix rate that a stage reaches: measured with SmolLM2 135M on a CPU."""
 FILE_BYTES_PER_S = 1e9
 """Taken for reading, checksums and writing."""
-_INTERPRETER_BYTES = 350e6
-"""Python with torch and transformers, before a model is loaded."""
 _JUDGED_FACTS = 64
 """So many facts are tokenised to know what their evaluation costs."""
 
@@ -112,7 +105,7 @@ def run_plan(job: PlanJob, progress: Progress) -> Mapping[str, Any]:
         tokens_per_batch=settings.targets.tokens_per_batch
         or default_tokens_per_batch(torch.device(device)),
     )
-    rates = _rates(device, job.dtype, job.matrix_gflops)
+    rates = _rates(job, device)
     work = _work(job, base, settings, shape, texts, table.batch.requests, corpus)
     shards = _shards(base.checkpoint, names)
     files = base.checkpoint.size_bytes * 3 + 2 * shards["bytes_rewritten"]
@@ -127,12 +120,26 @@ def run_plan(job: PlanJob, progress: Progress) -> Mapping[str, Any]:
         f"{si(base.checkpoint.size_bytes)}B, + shards rewritten 2 × "
         f"{si(shards['bytes_rewritten'])}B, at {si(FILE_BYTES_PER_S)}B/s",
     }
-    memory = _memory(job, base, settings, shape, texts, names)
-    time = _time(job, device, stages, rates)
+    memory = memory_of(job, base, settings, shape, texts, names)
+    time = _time(device, stages, rates)
+    spread: dict[str, Any] = {}
+    if job.executor == "ray":
+        sampled = _sampled(job, settings, counted=corpus is not None)
+        cut = cuts(encoded, settings, shape, sampled=sampled, counted=corpus is not None)
+        spread["schedule"] = schedule(stages, cut, workers=workers_of(job))
+        spread["moved"] = moved(
+            shape,
+            layers=settings.layers,
+            facts=len(encoded),
+            workers=workers_of(job),
+            model_bytes=base.checkpoint.size_bytes,
+            counted=corpus is not None,
+        )
+    took = spread["schedule"]["seconds"] if spread else time["seconds"]
     held = memory.get("process_mb") or memory["each_worker_mb"]
     return {
         "summary": f"{plural(len(table.requests), 'fact')} into {layers_text(settings.layers)}: "
-        f"about {duration(time['seconds'])} of work and {held:,} MB"
+        f"about {duration(took)} of work and {held:,} MB"
         f"{'' if 'process_mb' in memory else ' in each worker'}; "
         f"{len(shards['rewritten'])} of {plural(shards['of'], 'shard')} rewritten",
         "model": {
@@ -153,6 +160,7 @@ def run_plan(job: PlanJob, progress: Progress) -> Mapping[str, Any]:
         "stages": stages,
         "memory": memory,
         "time": time,
+        **spread,
     }
 
 
@@ -305,9 +313,8 @@ def _work(
 ) -> dict[str, Amount]:
     layers, moments = settings.layers, settings.moments
     work: dict[str, Amount] = {}
-    if job.corpus == "self":
-        tokens = job.evaluation_settings.heldout_tokens + (moments.tokens if corpus else 0)
-        work["sampling"] = sampling_work(shape, tokens=tokens, window=moments.window)
+    if sampled := _sampled(job, settings, counted=corpus is not None):
+        work["sampling"] = sampling_work(shape, tokens=sum(sampled), window=moments.window)
     if corpus is not None:
         work["statistics"] = statistics_work(
             shape, layers=layers, tokens=moments.tokens, window=moments.window
@@ -322,6 +329,14 @@ def _work(
     work["keys"] = keys_work(shape, layers=layers, texts=texts)
     work["solve"] = solve_work(shape, layers=layers, edits=len(requests))
     return work
+
+
+def _sampled(job: PlanJob, settings: EditSettings, *, counted: bool) -> list[int]:
+    """Tokens of each text that is sampled from the model: what is counted, and what is held out."""
+    if job.corpus != "self":
+        return []
+    texts = [settings.moments.tokens if counted else 0, job.evaluation_settings.heldout_tokens]
+    return [tokens for tokens in texts if tokens]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,90 +386,24 @@ def _asked(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> Iterator
             yield (*prompt_ids, *target_ids[:end])
 
 
-def _memory(
-    job: PlanJob,
-    base: Base,
-    settings: EditSettings,
-    shape: ModelShape,
-    texts: TextCounts,
-    names: Sequence[str],
-) -> dict[str, Any]:
-    workers = _workers(job)
-    itemsize = DTYPES[job.dtype].itemsize
-    worker = worker_memory(
-        shape, layers=settings.layers, texts=texts, itemsize=itemsize, workers=workers
-    )
-    stored = max(base.checkpoint.info(name).dtype.itemsize for name in names)
-    driver = driver_memory(shape, layers=settings.layers, edits=texts.facts, itemsize=stored)
-    if job.stats is not None:  # nothing is counted
-        del worker["statistics"], driver["moments"]
-    if job.corpus == "self" and (job.stats is None or job.evaluation_settings.heldout_tokens):
-        worker["sampling"] = sampling_memory(
-            shape, window=settings.moments.window, itemsize=itemsize
-        )
-    worker["evaluation"] = evaluation_memory(
-        shape,
-        tokens=generate.default_tokens_per_batch(torch.device(device_of_job(job))),
-        itemsize=itemsize,
-    )
-    # Stages come one after the other; keys and states stay while a layer is solved.
-    at_solve = driver["updates"].value + max(driver["solve"].value, driver["publish"].value)
-    model, keys = worker["model"].value, worker["keys"].value
-    peaks = {name: amount.value for name, amount in worker.items() if name not in ("model", "keys")}
-    worker_peak = model + max(*peaks.values(), keys)
-    beside = {**peaks, "keys and solve": keys + at_solve}
-    # Added up from blocks of the workers' rows.
-    gathered = driver["moments"].value if "moments" in driver else 0.0
-    if job.executor == "inline":
-        stage = max(beside, key=lambda name: beside[name])
-        total: dict[str, Any] = {
-            "process_mb": _mb(_INTERPRETER_BYTES + model + beside[stage]),
-            "process_arithmetic": f"interpreter {_mb(_INTERPRETER_BYTES):,} MB + model"
-            f" {_mb(model):,} MB + {stage} {_mb(beside[stage]):,} MB",
-        }
-    else:
-        total = {
-            "each_worker_mb": _mb(_INTERPRETER_BYTES + worker_peak),
-            "driver_mb": _mb(_INTERPRETER_BYTES + max(gathered, at_solve)),
-        }
-    if (gpus := gpus_of_job(job)) > 1:
-        # What stands beside the weights may all be on one of them.
-        total["each_gpu_mb"] = _mb(model / gpus + worker_peak - model)
-        total["each_gpu_arithmetic"] = (
-            f"model {_mb(model):,} MB / {gpus} GPUs + {_mb(worker_peak - model):,} MB beside it"
-        )
-    parts = {f"worker_{name}": amount for name, amount in worker.items()}
-    parts |= {f"driver_{name}": amount for name, amount in driver.items()}
-    shown: dict[str, Any] = {"workers": workers, **total}
-    for name, amount in parts.items():
-        shown[name] = f"{_mb(amount.value):,} MB = {amount.how}"
-    return shown
-
-
-def _mb(value: float) -> int:
-    return math.ceil(value / 1e6)
-
-
-def _workers(job: PlanJob) -> int:
-    return (job.workers or 1) if job.executor == "ray" else 1
-
-
 # ------------------------------------------------------------------------------------------- time
 
 
-def _rates(device: str, dtype: str, given: float | None) -> dict[str, float]:
+def _rates(job: PlanJob, device: str) -> dict[str, float]:
+    """Operations a second of one worker, and of the driver's solve."""
+    given, threads = job.matrix_gflops, torch.get_num_threads()
     if given is not None:
         return {"model": given * 1e9, "float64": given * 1e9 / 2}
-    return {
-        "model": measured_rate(device, DTYPES[dtype], seconds=0.3),
-        "float64": measured_rate(device, torch.float64, seconds=0.2),
-    }
+    try:
+        # A local Ray gives each worker its share of this machine.
+        torch.set_num_threads(max(1, threads // workers_of(job)))
+        model = measured_rate(device, DTYPES[job.dtype], seconds=0.3)
+    finally:
+        torch.set_num_threads(threads)
+    return {"model": model, "float64": measured_rate(device, torch.float64, seconds=0.2)}
 
 
-def _time(
-    job: PlanJob, device: str, stages: Mapping[str, Any], rates: Mapping[str, float]
-) -> dict[str, Any]:
-    workers = _workers(job)
+def _time(device: str, stages: Mapping[str, Any], rates: Mapping[str, float]) -> dict[str, Any]:
     total = sum(stage["seconds"] for stage in stages.values())
     found: dict[str, Any] = {
         "device": device,
@@ -462,9 +411,6 @@ def _time(
         "float64_gflop_per_s": _rounded(rates["float64"] / 1e9),
         "seconds": _rounded(total),
     }
-    if workers > 1:
-        alone = stages["solve"]["seconds"] + stages["files"]["seconds"]
-        found["seconds_if_spread"] = _rounded(alone + (total - alone) / workers)
     return found | {
         "assumes": "at most: no fact stops early, nothing kept from earlier runs; without the"
         " start of processes"

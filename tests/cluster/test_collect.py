@@ -35,7 +35,7 @@ def executor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InlineExecuto
 
 @pytest.fixture(autouse=True)
 def small_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect, "_TOKENS_PER_COUNT", 64)
+    monkeypatch.setattr(collect, "TOKENS_PER_COUNT", 64)
     monkeypatch.setattr(collect._Collection, "_round", lambda self: 3)
     monkeypatch.setattr(collect, "KEEP_S", 0.0)
     monkeypatch.setattr(collect, "KEEP_SHARE", math.inf)

@@ -12,7 +12,7 @@ import torch
 from cluster import depot
 from cluster.artifacts import Artifacts, open_artifacts
 from cluster.kept_moments import KeptMoments, windows_digest
-from memedit.errors import InputError
+from memedit.errors import InputError, LockError, MemeditError
 from memedit.executor import InlineExecutor
 from memedit.files import LocalFiles
 from memedit.model import ModelSpec
@@ -20,6 +20,7 @@ from memedit.worker import Worker
 from tests.cluster.s3_places import Bucket
 from tests.cluster.test_artifacts import DIGEST, a_moment, a_target
 from tests.cluster.test_collect import LAYERS, Killed, counted, small_rounds
+from tests.cluster.test_lease import die
 from tests.s3.server import SeaweedServer
 from tests.tiny import VOCAB, save_tiny
 
@@ -71,6 +72,31 @@ def test_kept_twice_is_kept_once(machines: tuple[Artifacts, Artifacts]) -> None:
     assert all(machine.has_moment(DIGEST) for machine in machines)
 
 
+def test_what_was_kept_before_the_depot_was_known_gets_there(
+    machines: tuple[Artifacts, Artifacts],
+) -> None:
+    """Or by a run that was killed before it had sent it."""
+    one, two = machines
+    alone = Artifacts(one.folder)
+    alone.keep_moment(DIGEST, a_moment())
+    alone.keep_target(DIGEST, a_target())
+    assert not two.has_moment(DIGEST) and two.targets({"fact": DIGEST}) == {}
+    assert one.has_moment(DIGEST) and one.targets({"fact": DIGEST})
+    assert two.has_moment(DIGEST) and two.targets({"fact": DIGEST})
+
+
+def test_no_nan_is_taken_for_finished(machines: tuple[Artifacts, Artifacts]) -> None:
+    one, two = machines
+    moment, target = a_moment(), a_target()
+    moment.sum_II[3, 3] = target.z_O[2] = float("nan")
+    one.keep_moment(DIGEST, moment)
+    one.keep_target(DIGEST, target)
+    for machine in machines:
+        assert machine.moment(DIGEST) is None and machine.targets({"fact": DIGEST}) == {}
+    two.keep_moment(DIGEST, a_moment())
+    assert two.moment(DIGEST) is not None
+
+
 def test_what_is_damaged_here_is_fetched_again(machines: tuple[Artifacts, Artifacts]) -> None:
     one, _ = machines
     one.keep_moment(DIGEST, a_moment())
@@ -87,6 +113,7 @@ def test_what_is_damaged_there_can_be_kept_again(
     name = f"moments/{DIGEST[:2]}/{DIGEST}.safetensors"
     bucket.put(f"{one.location}/{name}", b"nonsense, and much more of it than sixteen bytes")
     assert two.moment(DIGEST) is None
+    assert bucket.get(f"{one.location}/{name}")  # not this machine's to remove
     two.keep_moment(DIGEST, a_moment())
     (two.folder / name).unlink()
     assert two.moment(DIGEST) is not None
@@ -161,3 +188,41 @@ def test_a_collection_belongs_to_one_machine(
         assert (mine, theirs) == (one, None)
     with two.held() as theirs:
         assert theirs is two
+
+
+def test_what_another_machine_has_taken_over_is_its_own(
+    machines: tuple[Artifacts, Artifacts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that stood still for too long counts on, keeps nothing more, and removes nothing."""
+    monkeypatch.setenv("MEMEDIT_LEASE_S", "1")
+    one, two = (KeptMoments(machine, "digest") for machine in machines)
+    with one.held() as mine:
+        assert mine is one and one._lease is not None
+        one.save([0], [a_moment()])
+        die(one._lease)  # type: ignore[arg-type]
+        with two.held() as theirs:
+            assert theirs is two
+            two.save([0, 1], [a_moment()])
+            with pytest.raises(LockError):
+                one.save([0, 1, 2], [a_moment()])
+            one.forget()
+            units, moments = two.load()
+            assert units == {0, 1} and torch.equal(moments[5].sum_II, a_moment().sum_II)
+
+
+@pytest.mark.usefixtures(small_rounds.__name__)
+@pytest.mark.parametrize("error", [LockError("taken over"), MemeditError("storage is away")])
+def test_counting_goes_on_where_nothing_can_be_kept(
+    executor: InlineExecutor, monkeypatch: pytest.MonkeyPatch, error: MemeditError, tmp_path: Path
+) -> None:
+    windows = [[5 + n, *range(20, 50)] for n in range(12)]
+    whole = counted(executor, windows)
+    kept = KeptMoments(Artifacts(tmp_path), windows_digest(windows))
+
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(kept, "save", fails)
+    moments = counted(executor, windows, kept)
+    for layer in LAYERS:
+        assert torch.equal(moments[layer].sum_II, whole[layer].sum_II)

@@ -10,7 +10,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -302,6 +304,44 @@ def test_a_worker_that_hangs_is_replaced(ray_cluster: Any, model: Path) -> None:
         assert found.keys() == set(range(60))
         assert executor.seats[0].pid != first.pid
     assert len(heard.texts) == 1 and "gave nothing for 6 s and was stopped" in heard.texts[0]
+    failed = [report for report in heard.units if report.failure]
+    assert len(failed) == 1 and failed[0].attempt == 1 and failed[0].seconds >= 6
+    done = {report.unit_id: report for report in heard.units if not report.failure}
+    assert sorted(done) == list(range(60)) and len(heard.units) == 61
+    assert done[failed[0].unit_id].attempt == 2
+    assert {report.work for report in heard.units} == {"sample"}
+
+
+def test_a_new_worker_that_hangs_while_it_loads_is_replaced(
+    ray_cluster: Any, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cluster import ray_crew
+    from cluster.ray_actor import Actor
+
+    class Stuck(Actor):
+        """Never gets beyond loading."""
+
+        def begin(self, *_: Any) -> Any:
+            time.sleep(3600)
+
+    heard = Heard()
+    opened: Any = open_executor(
+        "ray", ModelSpec(files=LocalFiles(model)), workers=2, threads=1, progress=heard
+    )
+    with opened as executor:
+        first = executor.seats[0]
+        executor.crew.rules = replace(executor.rules, stall_s=3.0)
+        executor.crew._start_timeout_s = 3.0
+        monkeypatch.setattr(ray_crew, "Actor", Stuck)
+        os.kill(first.pid, signal.SIGKILL)
+        units, end = [(1, 20, i) for i in range(4)], time.monotonic() + 120
+        while len(executor.seats) < 2 and time.monotonic() < end:
+            list(executor.map("sample", units))  # the other one goes on meanwhile
+            if len(heard.texts) == 2:
+                monkeypatch.undo()
+        assert len(executor.seats) == 2
+    assert "died: it was killed" in heard.texts[0]
+    assert "has not loaded the model within 3 s; another one" in heard.texts[1]
 
 
 def test_a_long_unit_is_done_by_another_worker_too(ray_cluster: Any, model: Path) -> None:

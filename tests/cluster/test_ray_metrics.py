@@ -133,4 +133,5 @@ def test_what_prometheus_reads() -> None:
     assert value("memedit_stage_seconds_total", stage="targets") >= 0
     for ended in ("done", "failed"):
         assert value("memedit_units_total", work="targets", ended=ended) == 1
+    assert value("memedit_retries_total", work="targets") == 2
     assert value("memedit_unit_seconds_total", work="targets") == 1.25

@@ -75,10 +75,10 @@ def jobs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[
         without_plots(patch)
         patch.setattr("workflows.session.open_executor", partial(open_executor, threads=1))
         # Several units for each worker, though there is little to do.
-        patch.setattr(collect, "_TOKENS_PER_COUNT", 128)
+        patch.setattr(collect, "TOKENS_PER_COUNT", 128)
         patch.setattr(stages, "_BATCHES_PER_UNIT", 1)
-        patch.setattr(stages, "_FACTS_PER_KEY_UNIT", 3)
-        patch.setattr(stages, "_FACTS_PER_SCORE_UNIT", 3)
+        patch.setattr(stages, "FACTS_PER_KEY_UNIT", 3)
+        patch.setattr(stages, "FACTS_PER_SCORE_UNIT", 3)
         jobs = {}
         threads = torch.get_num_threads()
         for kind, flags in KINDS.items():

@@ -66,10 +66,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_units() -> Iterator[None]:
     """Several units for each worker, though the facts are few."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collect, "_TOKENS_PER_COUNT", 256)
+        patch.setattr(collect, "TOKENS_PER_COUNT", 256)
         patch.setattr(stages, "_BATCHES_PER_UNIT", 1)
-        patch.setattr(stages, "_FACTS_PER_KEY_UNIT", 5)
-        patch.setattr(stages, "_FACTS_PER_SCORE_UNIT", 5)
+        patch.setattr(stages, "FACTS_PER_KEY_UNIT", 5)
+        patch.setattr(stages, "FACTS_PER_SCORE_UNIT", 5)
         yield
 
 

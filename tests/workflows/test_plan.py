@@ -153,10 +153,14 @@ def test_sampled_contexts_count_at_their_length(model: Path, facts: Path) -> Non
 def test_workers_divide_time_and_keys(model: Path, facts: Path) -> None:
     alone = plan(model, facts, executor="ray", workers=1)
     four = plan(model, facts, executor="ray", workers=4)
-    assert "seconds_if_spread" not in alone["time"]
-    assert four["time"]["seconds_if_spread"] < four["time"]["seconds"]
+    assert four["schedule"]["workers"] == 4
+    assert four["schedule"]["solve"].endswith("the driver alone")
     assert {"each_worker_mb", "driver_mb"} <= four["memory"].keys()
-    assert "process_mb" in plan(model, facts)["memory"]
+    here = plan(model, facts)
+    assert "process_mb" in here["memory"] and not {"schedule", "moved"} & here.keys()
+    models = [told["moved"]["models"] for told in (alone, four)]
+    assert "2 × 1 workers" in models[0] and "2 × 4 workers" in models[1]
+    assert alone["moved"]["bytes"] < four["moved"]["bytes"]
 
 
 def test_gpus_of_a_worker_share_the_weights(model: Path, facts: Path) -> None:

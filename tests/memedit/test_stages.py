@@ -1,0 +1,94 @@
+"""Solving layer by layer where the solver's device is too small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memedit import stages
+from memedit.executor import InlineExecutor
+from memedit.files import LocalFiles
+from memedit.model import ModelSpec
+from memedit.moments import SecondMoment, Spread
+from memedit.solve import METHODS, MomentFactor
+from memedit.stages import SolvedLayer, solve_layers
+from memedit.targets import Target
+from tests.heard import Heard
+from tests.memedit.test_devices import LAYERS_EDITED, _requests
+from tests.tiny import HIDDEN, INNER, save_tiny
+
+SMALL = torch.device("meta")
+"""Stands for a GPU, which has no room."""
+
+
+def _solved(folder: Path, device: torch.device, heard: Heard) -> list[SolvedLayer]:
+    generator = torch.Generator().manual_seed(3)
+    requests = _requests()
+    targets = [
+        Target(
+            case_id=r.request.case_id,
+            z_O=torch.randn(HIDDEN, generator=generator),
+            h_norm=1.0,
+            delta_norm=1.0,
+            losses=(1.0,),
+            converged=True,
+        )
+        for r in requests
+    ]
+    moments = {}
+    for layer in LAYERS_EDITED:
+        keys_TI = torch.randn(4 * INNER, INNER, generator=generator).double()
+        spread = Spread(batches=1, mean_SS=torch.eye(2), squares_SS=torch.eye(2))
+        moments[layer] = SecondMoment(
+            layer=layer, sum_II=keys_TI.T @ keys_TI, tokens=4 * INNER, trace_0=0.0, spread=spread
+        )
+    with InlineExecutor(ModelSpec(files=LocalFiles(folder))) as executor:
+        return solve_layers(
+            executor,
+            requests,
+            targets,
+            moments=moments,
+            layers=LAYERS_EDITED,
+            method=METHODS["memit"],
+            lam=10.0,
+            ridge=0.0,
+            residual_scale=1.0,
+            stored=dict.fromkeys(LAYERS_EDITED, torch.float32),
+            device=device,
+            progress=heard,
+        )
+
+
+def test_a_gpu_without_room_gives_way_to_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the rest of the run, and what comes out is the same."""
+    folder = save_tiny(tmp_path)
+    expected = _solved(folder, torch.device("cpu"), Heard())
+    factors: list[tuple[int, str]] = []
+
+    def factor(moment_II: torch.Tensor, *, layer: int, **more: Any) -> MomentFactor:
+        factors.append((layer, moment_II.device.type))
+        if moment_II.device == SMALL:
+            raise torch.OutOfMemoryError
+        return MomentFactor(moment_II, layer=layer, **more)
+
+    monkeypatch.setattr(stages, "MomentFactor", factor)
+    heard = Heard()
+    for mine, theirs in zip(_solved(folder, SMALL, heard), expected, strict=True):
+        assert torch.equal(mine.update.delta_OI, theirs.update.delta_OI)
+        assert mine.residual_norm == theirs.residual_norm
+    assert factors == [(1, "meta"), (1, "cpu"), (2, "cpu")]
+    assert len(heard.texts) == 1 and "layer 1 does not fit" in heard.texts[0]
+
+
+def test_a_cpu_without_room_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def factor(*_: Any, **__: Any) -> MomentFactor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(stages, "MomentFactor", factor)
+    with pytest.raises(torch.OutOfMemoryError):
+        _solved(save_tiny(tmp_path), torch.device("cpu"), Heard())

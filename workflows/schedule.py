@@ -1,0 +1,134 @@
+"""When a cluster would be through with a plan, and what moves between its machines.
+
+Arithmetic over the stages of a plan and the units that they are cut into. Knows no Ray and no file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from memedit.collect import TOKENS_PER_COUNT
+from memedit.config import EditSettings
+from memedit.cost import ModelShape, from_factors, sampled_at_once, si
+from memedit.prompts import EncodedRequest
+from memedit.stages import FACTS_PER_KEY_UNIT, FACTS_PER_SCORE_UNIT, target_units
+
+_NUMBER_BYTES = 8  # sums and updates are float64
+_Z_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a stage is handed out: `units` in each of `passes`, which wait for each other."""
+
+    units: int
+    passes: int = 1
+
+
+def cuts(
+    requests: Sequence[EncodedRequest],
+    settings: EditSettings,
+    shape: ModelShape,
+    *,
+    sampled: Sequence[int],
+    counted: bool,
+) -> dict[str, Cut]:
+    """The units of each stage, as `memedit.stages` and `memedit.collect` make them.
+
+    Args:
+        requests: Encoded facts.
+        settings: Those of the edit.
+        shape: The model's.
+        sampled: Tokens of each text that is sampled from the model.
+        counted: Whether second moments are counted.
+    """
+    window, facts = settings.moments.window, len(requests)
+    at_once = window * sampled_at_once(shape, window=window)
+    found = {
+        "evaluation": Cut(math.ceil(facts / FACTS_PER_SCORE_UNIT), passes=2),
+        "targets": Cut(len(target_units(requests, settings.targets))),
+        "keys": Cut(math.ceil(facts / FACTS_PER_KEY_UNIT), passes=len(settings.layers)),
+    }
+    if sampled:
+        found["sampling"] = Cut(sum(math.ceil(tokens / at_once) for tokens in sampled))
+    if counted:
+        found["statistics"] = Cut(math.ceil(settings.moments.tokens / TOKENS_PER_COUNT))
+    return found
+
+
+def schedule(
+    stages: Mapping[str, Mapping[str, Any]], cut: Mapping[str, Cut], *, workers: int
+) -> dict[str, Any]:
+    """Each stage in rounds of equal units; what is not cut, the driver does alone."""
+    rows: dict[str, Any] = {}
+    total, busy = 0.0, 0.0
+    for name, stage in stages.items():
+        alone = float(stage["seconds"])
+        if name not in cut:
+            seconds, how = alone, "the driver alone"
+        else:
+            units, passes = cut[name].units, cut[name].passes
+            rounds = math.ceil(units / workers)
+            seconds = alone * rounds / units
+            busy += alone
+            how = f"{units:,} units over {workers:,} workers: {rounds:,} rounds of" + (
+                f" {alone / units / passes:.3g} s"
+                + (f", {passes} times one after the other" if passes > 1 else "")
+            )
+        rows[name] = f"{seconds:.3g} s: {how}"
+        total += seconds
+    return {
+        "workers": workers,
+        "seconds": float(f"{total:.3g}"),
+        "workers_busy": float(f"{busy / (workers * total):.3g}") if total else 1.0,
+        **rows,
+    }
+
+
+def moved(
+    shape: ModelShape,
+    *,
+    layers: Sequence[int],
+    facts: int,
+    workers: int,
+    model_bytes: int,
+    counted: bool,
+) -> dict[str, Any]:
+    """Bytes between machines, at most: as if each worker had one of its own.
+
+    Texts and token ids are too few to count.
+    """
+    m, n, i, o, w = len(layers), facts, shape.inner, shape.hidden, workers
+    amounts = {
+        "models": (2 * w * model_bytes, f"base and edited, 2 × {w:,} workers × {si(model_bytes)}B"),
+        "z": (n * o * _Z_BYTES, f"{n:,} facts × {o:,} × {_Z_BYTES}"),
+    }
+    if counted:
+        amounts["moments"] = (
+            m * w * i**2 * _NUMBER_BYTES,
+            f"{m} layers × {w:,} workers × {i:,}² × {_NUMBER_BYTES}, by rows",
+        )
+    if from_factors(shape, edits=n):
+        amounts["keys"] = (m * n * (i + o) * 4, f"{m} layers × {n:,} facts × ({i:,} + {o:,}) × 4")
+        update, form = n * (i + o), f"{n:,} × ({i:,} + {o:,})"
+    else:
+        amounts["keys"] = (
+            m * w * i * (i + o) * _NUMBER_BYTES,
+            f"{m} layers × {w:,} workers × {i:,} × ({i:,} + {o:,}) × {_NUMBER_BYTES}, by rows",
+        )
+        amounts["residuals"] = (
+            m * n * o * _Z_BYTES,
+            f"z handed out again, {m} layers × {n:,} facts × {o:,} × {_Z_BYTES}",
+        )
+        update, form = i * o, f"{i:,} × {o:,}"
+    amounts["updates"] = (
+        m * w * update * _NUMBER_BYTES,
+        f"{m} layers × {w:,} workers × {form} × {_NUMBER_BYTES}",
+    )
+    told: dict[str, Any] = {"bytes": sum(amount for amount, _ in amounts.values())}
+    for name, (amount, how) in amounts.items():
+        told[name] = f"{si(amount)}B = {how}"
+    return told
