@@ -40,7 +40,13 @@ from memedit.model import LoadedModel, ModelSpec, load_tokenizer
 from memedit.moments import MomentAccumulator
 from memedit.progress import Silent
 from memedit.prompts import BARE, FIXED_CONTEXTS, EncodedRequest
-from memedit.solve import LayerProblem, MomentFactor, solve_from_factors, solve_from_sums
+from memedit.solve import (
+    LayerProblem,
+    MomentFactor,
+    Update,
+    solve_from_factors,
+    solve_from_sums,
+)
 from memedit.targets import optimise_targets
 from workflows.models import resolve_model
 from workflows.rate import measured_rate
@@ -142,7 +148,11 @@ def targets(
 
 
 def solve_seconds(inputs: int, outputs: int, *, edits: int, device: str) -> dict[str, Any]:
-    """Seconds of both forms of the closed form for one layer, float64, their factor included."""
+    """Seconds of both forms of the closed form for one layer, float64, their factor included.
+
+    Raises:
+        RuntimeError: They do not give the same update.
+    """
     random = torch.Generator(device).manual_seed(0)
 
     def normal(rows: int, columns: int) -> torch.Tensor:
@@ -153,15 +163,15 @@ def solve_seconds(inputs: int, outputs: int, *, edits: int, device: str) -> dict
     moment_II = low_KI.T @ low_KI / len(low_KI)
     moment_II.diagonal().add_(1)
 
-    def factors() -> None:
+    def factors() -> Update:
         moment = MomentFactor(moment_II, layer=0)
         problem = LayerProblem(
             layer=0, keys_NI=keys_NI, residuals_NO=residuals_NO, moment=moment, lam=15_000.0
         )
-        solve_from_factors(problem)
+        return solve_from_factors(problem)
 
-    def sums() -> None:
-        solve_from_sums(
+    def sums() -> Update:
+        return solve_from_sums(
             layer=0,
             keys_II=keys_NI.T @ keys_NI,
             residual_keys_OI=residuals_NO.T @ keys_NI,
@@ -173,6 +183,10 @@ def solve_seconds(inputs: int, outputs: int, *, edits: int, device: str) -> dict
     for name, work in (("factors_s", factors), ("sums_s", sums)):
         found[name] = min(seconds_of(work, device) for _ in range(2))
         release_memory()
+    one_OI, other_OI = factors().delta_OI, sums().delta_OI
+    found["forms_differ_by"] = float((one_OI - other_OI).norm() / other_OI.norm())
+    if not found["forms_differ_by"] < 1e-8:
+        raise RuntimeError(f"the two forms of the solve differ by {found['forms_differ_by']:.1e}")
     return found
 
 
@@ -201,7 +215,7 @@ def smollm2_scores(args: argparse.Namespace) -> dict[str, Any]:
         keep=lambda target: None,
         progress=Silent(),
     )
-    solve(executor, encoded, found, {m.layer: m for m in moments}, settings)
+    solve(executor, encoded, found, {m.layer: m for m in moments}, settings, device=args.device)
     return {"facts": len(requests), "before": before, "after": scores(loaded, requests)}
 
 

@@ -169,10 +169,14 @@ def solve(
     targets: Sequence[Target],
     moments: Mapping[int, SecondMoment],
     settings: RunSettings,
+    *,
+    device: str = "cpu",
 ) -> dict[int, Tensor]:
     """Edit the executor's model with memedit's keys and solver; Δ [O, I] of each layer."""
     scale = executor.loaded.arch.residual_scale
-    return solve_on(executor, encoded, targets, moments, settings, residual_scale=scale)
+    return solve_on(
+        executor, encoded, targets, moments, settings, residual_scale=scale, device=device
+    )
 
 
 def solve_on(
@@ -183,6 +187,7 @@ def solve_on(
     settings: RunSettings,
     *,
     residual_scale: float,
+    device: str = "cpu",
 ) -> dict[int, Tensor]:
     """See `solve`; on workers whose models are out of reach."""
     solved = solve_layers(
@@ -196,7 +201,7 @@ def solve_on(
         ridge=settings.ridge,
         residual_scale=residual_scale,
         stored=dict.fromkeys(settings.layers, torch.float32),
-        device=torch.device("cpu"),
+        device=torch.device(device),
         progress=Silent(),
     )
     return {done.update.layer: done.update.delta_OI for done in solved}
