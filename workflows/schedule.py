@@ -15,6 +15,7 @@ from memedit.config import EditSettings
 from memedit.cost import ModelShape, from_factors, sampled_at_once, si
 from memedit.prompts import EncodedRequest
 from memedit.stages import FACTS_PER_KEY_UNIT, FACTS_PER_SCORE_UNIT, target_units
+from workflows.findings import plural
 
 _NUMBER_BYTES = 8  # sums and updates are float64
 _Z_BYTES = 4
@@ -74,9 +75,12 @@ def schedule(
             rounds = math.ceil(units / workers)
             seconds = alone * rounds / units
             busy += alone
-            how = f"{units:,} units over {workers:,} workers: {rounds:,} rounds of" + (
-                f" {alone / units / passes:.3g} s"
-                + (f", {passes} times one after the other" if passes > 1 else "")
+            how = (
+                f"{plural(units, 'unit')} over {workers:,} workers: {plural(rounds, 'round')} of"
+                + (
+                    f" {alone / units / passes:.3g} s"
+                    + (f", {passes} times one after the other" if passes > 1 else "")
+                )
             )
         rows[name] = f"{seconds:.3g} s: {how}"
         total += seconds

@@ -28,7 +28,7 @@ def test_rounds_are_counted_and_the_driver_works_alone() -> None:
     # 3 rounds of 10 s; in each of 5 passes one round of 2 s; 5 s alone.
     assert told["seconds"] == 30 + 10 + 5
     assert told["targets"] == "30 s: 10 units over 4 workers: 3 rounds of 10 s"
-    assert told["keys"].endswith("1 rounds of 2 s, 5 times one after the other")
+    assert told["keys"].endswith("1 round of 2 s, 5 times one after the other")
     assert told["workers_busy"] == pytest.approx(130 / (4 * 45), rel=0.01)
 
 
