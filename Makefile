@@ -33,8 +33,8 @@ demo: $(STAMP)  ## Edit the embedded default model with examples/facts.jsonl
 	$(BIN)/memedit edit --model smollm2 --facts examples/facts.jsonl --out $(DEMO)
 	@echo "Report: file://$(CURDIR)/$(DEMO)/report.html"
 
-test: $(STAMP)  ## All tests
-	$(BIN)/python -m pytest
+test: unit  ## All tests
+	$(BIN)/python -m pytest -m "not unit"
 
 check: lint unit  ## Style, types, import directions and the fast tests of single modules
 
@@ -45,7 +45,7 @@ lint: $(STAMP)  ## Style, types and import directions
 	$(BIN)/lint-imports
 
 unit: $(STAMP)  ## The fast tests of single modules, one process a core
-	$(BIN)/python -m pytest -n auto -m "not slow and not ray" tests/memedit tests/cluster tests/workflows
+	$(BIN)/python -m pytest -n auto -m unit
 
 bench: $(STAMP)  ## Every figure of benchmarks/, one after the other
 	$(BIN)/python -m benchmarks.quality

@@ -19,6 +19,18 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 torch.set_num_threads(1)
 
 
+_OF_MODULES = ("memedit", "cluster", "workflows")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the fast tests of single modules, which run side by side."""
+    for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        if folder in _OF_MODULES and not {"slow", "ray"} & {m.name for m in item.iter_markers()}:
+            item.add_marker("unit")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data, `$MEMEDIT_SHARED_DATA` or `../shared/data`; skips without it."""
