@@ -2,14 +2,16 @@
 
 `python -m workflows.rayjob_starter FILE`, with `JOB_NAME` and `JOB_UID` of the Kubernetes Job. The
 RayJob is called after the Job, so that a pod that takes the place of a lost one finds it; it
-belongs to the Job and goes with it. Exit codes: 0 the run succeeded; 1 it did not; 2 nothing is
-known, try again. Needs nothing but the standard library.
+belongs to the Job and goes with it. A run that does not start holds up all later ones; KubeRay ends
+it (`preRunningDeadlineSeconds`), and if that does not happen, it is removed here. Exit codes: 0 the
+run succeeded; 1 it did not; 2 nothing is known, try again. Needs nothing but the standard library.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
+import math
 import os
 import signal
 import ssl
@@ -26,7 +28,9 @@ ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """Where Kubernetes puts the token of a pod's ServiceAccount."""
 POLL_S = 15.0
 PATIENCE_S = 600.0
-"""For how long the API server may be away."""
+"""For how long the API server may be away, and KubeRay be late."""
+REMIND_S = 600.0
+"""How often it is said that a run has not started."""
 _ENDED = ("Complete", "Failed", "ValidationFailed")
 _REFUSALS = (400, 403, 404, 405, 413, 415, 422)
 """Answers that will not be others later."""
@@ -68,6 +72,10 @@ class ApiServer:
             raise
         return dict(found.get("status") or {})
 
+    def delete(self, name: str) -> None:
+        """Remove it, with its cluster."""
+        self._ask("DELETE", f"{self._path}/{name}", None)
+
     def _ask(self, method: str, url: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         # Kubernetes replaces the token from time to time.
         token = self._token.read_text(encoding="utf-8").strip()
@@ -100,10 +108,12 @@ def start_and_wait(
     *,
     poll_s: float = POLL_S,
     patience_s: float = PATIENCE_S,
+    remind_s: float = REMIND_S,
 ) -> int:
-    """The exit code, once the run has ended."""
+    """The exit code, once the run has ended or may wait no longer for its start."""
     name, told, created = run["metadata"]["name"], "", False
-    heard = time.monotonic()
+    limit_s = _starts_within_s(run) + patience_s
+    heard = ran = reminded = time.monotonic()
     while True:
         try:
             if not created:
@@ -131,7 +141,49 @@ def start_and_wait(
             told = line
         if state in _ENDED:
             return 0 if status.get("jobStatus") == "SUCCEEDED" else 1
+        if state == "Running":
+            ran = reminded = heard
+        elif heard - ran > limit_s:
+            print(f"{name}: not started in time, so it is removed: {_advice(run, status)}")
+            _remove(server, run)
+            return 1
+        elif heard - reminded >= remind_s:
+            waited = f"still {state} after {(heard - ran) / 60:.0f} min"
+            print(f"{name}: {waited}: {_advice(run, status)}", flush=True)
+            reminded = heard
         time.sleep(poll_s)
+
+
+def _starts_within_s(run: Mapping[str, Any]) -> float:
+    """How long all attempts of a run may take to start; a wait in a queue counts, too."""
+    spec = run["spec"]
+    if "preRunningDeadlineSeconds" not in spec:
+        return math.inf
+    return float(spec["preRunningDeadlineSeconds"] * (spec.get("backoffLimit", 0) + 1))
+
+
+def _advice(run: Mapping[str, Any], status: Mapping[str, Any]) -> str:
+    """Where to look for the reason."""
+    kubectl = f"kubectl -n {run['metadata']['namespace']}"
+    if str(status.get("jobDeploymentStatus")).startswith("Suspend"):
+        return f"it waits in a queue; {kubectl} get workloads"
+    cluster = status.get("rayClusterName")
+    if not cluster:
+        return (
+            "KubeRay has not taken it up, is its operator running?"
+            f" {kubectl} describe rayjob {run['metadata']['name']}"
+        )
+    pods = f"pods -l ray.io/cluster={cluster}"
+    return f"{kubectl} get {pods}; {kubectl} describe {pods}"
+
+
+def _remove(server: ApiServer, run: Mapping[str, Any]) -> None:
+    """Otherwise it might start beside a later run."""
+    name, namespace = run["metadata"]["name"], run["metadata"]["namespace"]
+    try:
+        server.delete(name)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        print(f"{name}: {error}; remove it: kubectl -n {namespace} delete rayjob {name}")
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

@@ -6,29 +6,33 @@ published schemas. No value is a key: the pods take them from a Secret that is o
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import math
-import re
 import shlex
-from typing import Any
 
 from memedit.errors import InputError
+from workflows.render_checks import check_machines, ray_version, worker_pods
+from workflows.render_pods import (
+    Manifest,
+    container_of,
+    job_volume,
+    placed,
+    ray_container,
+    ray_pod,
+    secured,
+)
 from workflows.render_settings import RenderKubernetesJob
 from workflows.settings import EditJob
 from workflows.submit import STOP_WAIT_S
 
-Manifest = dict[str, Any]
-
 LONGEST_NAME = {"rayjob": 47, "raycronjob": 36, "cronjob": 34}
 """KubeRay allows a RayJob 47 characters; those of a CronJob are called NAME-29345678-run."""
 JOB_FOLDER = "/etc/memedit"
-_CACHE = "/var/cache/memedit"
-_QUANTITY = re.compile(r"[1-9]\d*(\.\d+)?(Ki|Mi|Gi|Ti|k|M|G|T)?")
 _LARGEST_JOB_BYTES = 900_000
 """A ConfigMap holds a mebibyte."""
 _IDLE_S = 60
 """A cluster whose run has ended stays as long, for whoever is reading its log."""
+_SLACK_S = 900
+"""What the attempts of a run take beside their deadlines."""
 
 
 def made_for(options: RenderKubernetesJob) -> str:
@@ -50,11 +54,11 @@ def manifests(
         job_file: What is mounted in the head's pod.
 
     Raises:
-        InputError: A size is none, or the job file is too large.
+        InputError: A name or a size is none, or the job file is too large.
     """
     if len(job_file.encode()) > _LARGEST_JOB_BYTES:
         raise InputError("the job file is too large for a ConfigMap", field="config")
-    _check_sizes(options, job)
+    check_machines(options, job)
     kind, run_id = options.kind_to_make, job.run_id or name
     entrypoint = _entrypoint(job, run_id=run_id if kind == "rayjob" else None)
     spec = _ray_job_spec(options, name=name, job=job, entrypoint=entrypoint)
@@ -106,30 +110,48 @@ def _entrypoint(job: EditJob, *, run_id: str | None) -> str:
 def _ray_job_spec(
     options: RenderKubernetesJob, *, name: str, job: EditJob, entrypoint: str
 ) -> Manifest:
-    return {
+    spec: Manifest = {
         "entrypoint": entrypoint,
         # Ray's own 3 s are too short for a clean end.
         "runtimeEnvYAML": f'env_vars:\n  RAY_JOB_STOP_WAIT_TIME_S: "{STOP_WAIT_S}"\n',
         "metadata": {"memedit": "edit"},
+        # A new cluster for what has failed; the same one, when only its head was lost.
         "backoffLimit": options.retries,
+        "submitterConfig": {"backoffLimit": options.retries},
+        "preRunningDeadlineSeconds": options.start_within_s,
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": _IDLE_S,
+        "submitterPodTemplate": _submitter(options),
         "rayClusterSpec": {
-            "rayVersion": options.ray_version or importlib.metadata.version("ray"),
+            "rayVersion": ray_version(options),
             "authOptions": {"mode": "token"},
             "headGroupSpec": _head(options, name),
             "workerGroupSpecs": [_workers(options, job)],
         },
     }
+    if options.ends_after_s is not None:
+        spec["activeDeadlineSeconds"] = options.ends_after_s
+    return spec
+
+
+def _submitter(options: RenderKubernetesJob) -> Manifest:
+    """KubeRay gives it the command that submits the job and prints the log."""
+    container = container_of(options, name="ray-job-submitter", cpus="500m", memory="1Gi")
+    return {
+        "spec": {
+            **secured(options),
+            **placed(options),
+            "automountServiceAccountToken": False,
+            "restartPolicy": "Never",
+            "containers": [container],
+        }
+    }
 
 
 def _head(options: RenderKubernetesJob, name: str) -> Manifest:
     mounts = [{"name": "job", "mountPath": JOB_FOLDER, "readOnly": True}]
-    volumes: list[Manifest] = [
-        {"name": "job", "configMap": {"name": name, "items": [_item("job.yaml")]}}
-    ]
     ports = {"gcs-server": 6379, "dashboard": 8265, "client": 10001}
-    container = _ray_container(
+    container = ray_container(
         options,
         name="ray-head",
         mounts=mounts,
@@ -141,16 +163,18 @@ def _head(options: RenderKubernetesJob, name: str) -> Manifest:
     return {
         # CPUs and GPUs of the head are the run's own: no worker is put there.
         "rayStartParams": {"num-cpus": "0", "num-gpus": "0", "dashboard-host": "0.0.0.0"},
-        "template": _pod(options, container, volumes=volumes, gpus=options.head_gpus),
+        "template": ray_pod(
+            options,
+            container,
+            volumes=[job_volume(name, "job.yaml")],
+            gpus=options.head_gpus,
+        ),
     }
 
 
 def _workers(options: RenderKubernetesJob, job: EditJob) -> Manifest:
-    workers, share = job.workers or 1, job.gpus_per_worker
-    # Where workers share a GPU, a pod holds all workers of one GPU.
-    in_pod = int(1 / share + 1e-9) if 0 < share < 1 else 1
-    pods, gpus = math.ceil(workers / in_pod), math.ceil(share)
-    container = _ray_container(
+    pods, gpus = worker_pods(job)
+    container = ray_container(
         options,
         name="ray-worker",
         mounts=[],
@@ -164,87 +188,8 @@ def _workers(options: RenderKubernetesJob, job: EditJob) -> Manifest:
         "minReplicas": pods,
         "maxReplicas": pods,
         "rayStartParams": {},
-        "template": _pod(options, container, volumes=[], gpus=gpus),
+        "template": ray_pod(options, container, volumes=[], gpus=gpus),
     }
-
-
-def _ray_container(
-    options: RenderKubernetesJob,
-    *,
-    name: str,
-    mounts: list[Manifest],
-    cpus: int,
-    memory: str,
-    gpus: int,
-) -> Manifest:
-    volume = options.volume_claim is not None
-    cache = f"{options.mount_path.rstrip('/')}/cache" if volume else _CACHE
-    place = {"name": "data", "mountPath": options.mount_path if volume else _CACHE}
-    container = _container(options, name=name, cpus=str(cpus), memory=memory, gpus=gpus)
-    container["env"] = [{"name": "MEMEDIT_CACHE", "value": cache}]
-    container["volumeMounts"] = [*mounts, place]
-    if options.secret is not None:
-        container["envFrom"] = [{"secretRef": {"name": options.secret}}]
-    return container
-
-
-def _container(
-    options: RenderKubernetesJob, *, name: str, cpus: str, memory: str, gpus: int = 0
-) -> Manifest:
-    resources = {"cpu": cpus, "memory": memory}
-    if gpus:
-        resources["nvidia.com/gpu"] = str(gpus)
-    return {
-        "name": name,
-        "image": options.image,
-        "resources": {"requests": dict(resources), "limits": dict(resources)},
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "capabilities": {"drop": ["ALL"]},
-        },
-    }
-
-
-def _pod(
-    options: RenderKubernetesJob, container: Manifest, *, volumes: list[Manifest], gpus: int
-) -> Manifest:
-    data: Manifest = {"name": "data"}
-    if options.volume_claim is not None:
-        data["persistentVolumeClaim"] = {"claimName": options.volume_claim}
-    else:
-        data["emptyDir"] = {}
-    spec: Manifest = {
-        **_security(options),
-        "automountServiceAccountToken": False,
-        # A little more than a run has to end cleanly.
-        "terminationGracePeriodSeconds": STOP_WAIT_S + 30,
-        "containers": [container],
-        "volumes": [*volumes, data],
-    }
-    if options.service_account is not None:
-        spec["serviceAccountName"] = options.service_account
-    if gpus:
-        spec["tolerations"] = [
-            {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
-        ]
-    return {"spec": spec}
-
-
-def _security(options: RenderKubernetesJob) -> Manifest:
-    return {
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": options.user,
-            "fsGroup": options.user,
-            # Otherwise every file of a volume is looked at before a pod starts.
-            "fsGroupChangePolicy": "OnRootMismatch",
-            "seccompProfile": {"type": "RuntimeDefault"},
-        }
-    }
-
-
-def _item(key: str) -> Manifest:
-    return {"key": key, "path": key}
 
 
 # A schedule that Kubernetes keeps
@@ -255,12 +200,12 @@ def _starter(name: str) -> str:
 
 
 def _permissions(options: RenderKubernetesJob, name: str) -> list[Manifest]:
-    """Whoever starts the runs may start and look at RayJobs here, and nothing else."""
+    """Whoever starts the runs may start, see and remove RayJobs here, and nothing else."""
     version = "rbac.authorization.k8s.io/v1"
     account = _object("v1", "ServiceAccount", name, options)
     role = _object(version, "Role", name, options)
     role["rules"] = [
-        {"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create", "get"]}
+        {"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create", "get", "delete"]}
     ]
     binding = _object(version, "RoleBinding", name, options)
     for each in (account, role, binding):
@@ -278,7 +223,7 @@ def _permissions(options: RenderKubernetesJob, name: str) -> list[Manifest]:
 
 def _cron_job(options: RenderKubernetesJob, name: str) -> Manifest:
     """Starts a RayJob and waits for its end, so that Kubernetes knows whether a run is going on."""
-    container = _container(options, name="starter", cpus="100m", memory="128Mi")
+    container = container_of(options, name="starter", cpus="100m", memory="128Mi")
     container["command"] = ["python", "-m", "workflows.rayjob_starter"]
     container["args"] = [f"{JOB_FOLDER}/rayjob.json"]
     label = "metadata.labels['batch.kubernetes.io/{}']"
@@ -288,13 +233,35 @@ def _cron_job(options: RenderKubernetesJob, name: str) -> Manifest:
     ]
     container["volumeMounts"] = [{"name": "job", "mountPath": JOB_FOLDER, "readOnly": True}]
     pod: Manifest = {
-        **_security(options),
+        **secured(options),
+        **placed(options),
         "serviceAccountName": _starter(name),
         "restartPolicy": "Never",
         "containers": [container],
-        "volumes": [{"name": "job", "configMap": {"name": name, "items": [_item("rayjob.json")]}}],
+        "volumes": [job_volume(name, "rayjob.json")],
     }
     schedule = _object("batch/v1", "CronJob", name, options)
+    job: Manifest = {
+        # Of the starter's pod: a lost one finds the run that the first one started.
+        "backoffLimit": 6,
+        "podFailurePolicy": {
+            "rules": [
+                {
+                    "action": "FailJob",
+                    "onExitCodes": {
+                        "containerName": "starter",
+                        "operator": "In",
+                        "values": [1],
+                    },
+                }
+            ]
+        },
+        "template": {"spec": pod},
+    }
+    if options.ends_after_s is not None:
+        # For a starter that does not start itself; all attempts of a run are over before.
+        attempt_s = options.start_within_s + options.ends_after_s
+        job["activeDeadlineSeconds"] = (options.retries + 1) * attempt_s + _SLACK_S
     schedule["spec"] = {
         **_when(options),
         "concurrencyPolicy": "Forbid",
@@ -302,46 +269,6 @@ def _cron_job(options: RenderKubernetesJob, name: str) -> Manifest:
         "startingDeadlineSeconds": 3600,
         "successfulJobsHistoryLimit": 3,
         "failedJobsHistoryLimit": 3,
-        "jobTemplate": {
-            "spec": {
-                # Of the starter's pod: a lost one finds the run that the first one started.
-                "backoffLimit": 6,
-                "podFailurePolicy": {
-                    "rules": [
-                        {
-                            "action": "FailJob",
-                            "onExitCodes": {
-                                "containerName": "starter",
-                                "operator": "In",
-                                "values": [1],
-                            },
-                        }
-                    ]
-                },
-                "template": {"spec": pod},
-            }
-        },
+        "jobTemplate": {"spec": job},
     }
     return schedule
-
-
-def _check_sizes(options: RenderKubernetesJob, job: EditJob) -> None:
-    for name in ("worker_memory", "head_memory"):
-        if not _QUANTITY.fullmatch(getattr(options, name)):
-            raise InputError(
-                f"{getattr(options, name)!r} is no size; write 64Gi or 512Mi", field=name
-            )
-    share = job.gpus_per_worker
-    if share > 1 and share != int(share):
-        raise InputError(
-            f"{share:g}; give 0, a part of one, or a whole number", field="gpus_per_worker"
-        )
-    for name in ("namespace", "queue", "secret", "service_account", "volume_claim"):
-        value = getattr(options, name)
-        if value is not None and not re.fullmatch(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", value):
-            raise InputError(f"{value!r} is no name of Kubernetes", field=name)
-    if not re.fullmatch(r"\S+", options.image) or "://" in options.image:
-        raise InputError(f"{options.image!r} is no image; write registry/name:tag", field="image")
-    version = options.ray_version
-    if version is not None and not re.fullmatch(r"\d+\.\d+\.\d+", version):
-        raise InputError(f"{version!r} is no version; write 2.60.0", field="ray_version")

@@ -10,6 +10,9 @@ from memedit.errors import InputError
 from workflows.fields import option
 from workflows.settings import Job
 
+_LARGEST_S = 30 * 24 * 3600
+"""A month; KubeRay keeps seconds in 32 bits."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RenderJob(Job):
@@ -85,6 +88,24 @@ class RenderKubernetesJob(RenderJob):
     queue: str | None = option(
         None, "Kueue's local queue to wait in.", group="Machine", metavar="NAME"
     )
+    node_selector: tuple[str, ...] = option(
+        (),
+        "A label of the nodes that head and workers may run on; repeatable.",
+        group="Machine",
+        metavar="KEY=VALUE",
+    )
+    toleration: tuple[str, ...] = option(
+        (),
+        "A taint that every pod tolerates, beside that of GPUs; repeatable.",
+        group="Machine",
+        metavar="KEY[=VALUE][:EFFECT]",
+    )
+    image_pull_secret: str | None = option(
+        None, "The Secret with which every pod gets the image.", group="Machine", metavar="NAME"
+    )
+    priority_class: str | None = option(
+        None, "The PriorityClass of every pod.", group="Machine", metavar="NAME"
+    )
     secret: str | None = option(
         None,
         "A Secret whose entries become environment variables of the pods (AWS_ACCESS_KEY_ID, …).",
@@ -115,16 +136,41 @@ class RenderKubernetesJob(RenderJob):
     )
     retries: int = option(
         1,
-        "Times to run again on a new cluster what has failed, such as by the loss of the head.",
+        "Times to run again what has failed: on the same cluster after the loss of its head, and"
+        " else on a new one.",
         group="Machine",
         metavar="N",
         at_least=0,
     )
+    start_within_s: int = option(
+        3600,
+        "Seconds that an attempt may wait for its pods before it has failed.",
+        group="Machine",
+        metavar="SECONDS",
+        at_least=1,
+        at_most=_LARGEST_S,
+    )
+    deadline_s: int | None = option(
+        None,
+        "Seconds after which an attempt is ended, whatever it does, and not tried again; 0: never."
+        " [default: 86400 with --schedule, else 0]",
+        group="Machine",
+        metavar="SECONDS",
+        at_least=0,
+        at_most=_LARGEST_S,
+    )
     worker_cpus: int = option(
-        4, "CPUs of each worker pod.", group="Machine", metavar="N", at_least=1
+        4,
+        "CPUs of each worker pod, shared by its workers where those share a GPU.",
+        group="Machine",
+        metavar="N",
+        at_least=1,
     )
     worker_memory: str = option(
-        "16Gi", "Memory of each worker pod.", group="Machine", metavar="SIZE"
+        "16Gi",
+        "Memory of each worker pod, shared by its workers where those share a GPU.",
+        group="Machine",
+        metavar="SIZE",
     )
     head_cpus: int = option(
         4,
@@ -162,6 +208,13 @@ class RenderKubernetesJob(RenderJob):
     def kind_to_make(self) -> str:
         """The kind, chosen by the schedule where it is not given."""
         return self.kind or ("rayjob" if self.schedule is None else "cronjob")
+
+    @property
+    def ends_after_s(self) -> int | None:
+        """The deadline; None for none. The next night must not wait for ever."""
+        if self.deadline_s is None:
+            return None if self.schedule is None else 24 * 3600
+        return self.deadline_s or None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,10 +53,17 @@ def _airflow(kept: list[Any], *, version: int) -> list[types.ModuleType]:
 
         return keep
 
+    class CronTriggerTimetable:
+        """As in Airflow 2.4 and later: a run's logical date is the moment of its cron line."""
+
+        def __init__(self, cron: str, *, timezone: str) -> None:
+            self.cron, self.timezone = cron, timezone
+
     where = "airflow.sdk" if version == 3 else "airflow.decorators"
     return [
         _module("airflow"),
         _module("airflow.exceptions", AirflowFailException=FailError),
+        _module("airflow.timetables.trigger", CronTriggerTimetable=CronTriggerTimetable),
         _module(where, dag=_keeping(kept, "dag"), task=task),
     ]
 

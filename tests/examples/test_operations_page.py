@@ -6,14 +6,17 @@ import re
 import shlex
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 import yaml
 
+from cluster import ray_metrics
 from workflows.cli import cli
 
 ROOT = Path(__file__).parents[2]
+NAME = "memedit-nightly"
 PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 
 
@@ -44,6 +47,34 @@ def test_the_job_file_is_the_example() -> None:
     (shown,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
     example = yaml.safe_load((ROOT / "examples" / "nightly.yaml").read_text())
     assert yaml.safe_load(shown).items() <= example.items()
+
+
+def documents() -> list[dict[str, Any]]:
+    """What the page hands to kubectl."""
+    texts = re.findall(r"<<'YAML'\n(.*?)^YAML$", PAGE, flags=re.DOTALL | re.MULTILINE)
+    return [each for text in texts for each in yaml.safe_load_all(text)]
+
+
+def test_every_metric_is_told_and_no_other() -> None:
+    there = set(re.findall(r"^\| `(memedit_\w+)` \|", ray_metrics.__doc__ or "", re.MULTILINE))
+    assert there and set(re.findall(r"memedit_[a-z_]*[a-z]", PAGE)) == there
+
+
+def test_the_alerts_ask_for_metrics_that_are_there() -> None:
+    kinds = {document["kind"]: document for document in documents()}
+    assert {"PersistentVolumeClaim", "PodMonitor", "PrometheusRule"} == set(kinds)
+    (group,) = kinds["PrometheusRule"]["spec"]["groups"]
+    asked = " ".join(rule["expr"] for rule in group["rules"])
+    assert "ray_memedit_done_total" in asked and "ray_memedit_units_total" in asked
+    assert f'cronjob="{NAME}"' in asked
+
+
+def test_every_flag_of_render_that_it_names_is_one() -> None:
+    render = cli.commands["render"]
+    assert isinstance(render, click.Group)
+    flags = {flag for each in render.commands["kubernetes"].params for flag in each.opts}
+    for name in ("start-within-s", "deadline-s", "node-selector", "toleration", "retries"):
+        assert f"--{name}" in flags and f"`--{name}`" in PAGE
 
 
 def test_what_it_links_to_is_there() -> None:

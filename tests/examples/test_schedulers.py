@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import re
 import shlex
+import socket
 import subprocess
 import sys
+import threading
+import time
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +21,14 @@ import pytest
 import yaml
 
 from tests.examples.schedulers import FOLDER, FailError, imported
+from tests.workflows.dashboards import Dashboard, cluster, no_cluster_around
 from tests.workflows.kube_schemas import errors_of, validator_of
 from tests.workflows.runs import memedit
 from workflows.cli import cli
 from workflows.jobfile import load_job
 from workflows.settings import EditJob
 
+__all__ = ["cluster", "no_cluster_around"]
 ROOT = Path(__file__).parents[2]
 README = ROOT / "examples" / "README.md"
 FIRED = datetime(2026, 11, 25, 2, 0, tzinfo=UTC)
@@ -110,11 +115,46 @@ def test_reading_the_file_does_not_import_ray(scheduler: str) -> None:
     assert found.stdout.split() == ["False", "False"]
 
 
+def test_whoever_is_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, imported("airflow") as (module, _):
+        assert sum(module.TIMEOUT_S) < 60
+        monkeypatch.setattr(module, "TIMEOUT_S", (5.0, 0.3))
+        began = time.monotonic()
+        with pytest.raises(OSError, match="timed out"):
+            module.run("night-1", address=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert time.monotonic() - began < 5
+
+
+def test_a_log_is_told_as_it_comes_though_the_link_is_cut(
+    cluster: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = threading.Event()
+    details = cluster.answers["GET /api/jobs/night-1"][1]
+    written = iter(["", "one\ntw", None, "one\ntwo\n", "one\ntwo\nthree"])
+
+    def log() -> tuple[int, Any]:
+        if (text := next(written)) is None:
+            over.wait(10)
+        if written.__length_hint__() == 1:
+            details["status"] = "SUCCEEDED"
+        return (200, {"logs": text})
+
+    cluster.answers["GET /api/jobs/night-1/logs"] = (200, log)
+    told: list[str] = []
+    with imported("airflow") as (module, _):
+        monkeypatch.setattr(module, "TIMEOUT_S", (5.0, 0.3))
+        found = module.run("night-1", address=cluster.address, poll_s=0.01, tell=told.append)
+    over.set()
+    assert found == "one\ntwo\nthree"
+    assert told == ["night-1: submitted", "one", "two", "three"]
+
+
 @pytest.mark.parametrize("version", [2, 3])
 def test_the_dag(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with imported("airflow", version=version) as (module, kept):
         (_, _, dag), (kind, edit, task) = kept
-        assert dag["schedule"] == "0 2 * * *" and dag["dag_id"] == "memedit-nightly"
+        assert (dag["schedule"].cron, dag["schedule"].timezone) == ("0 2 * * *", "Etc/UTC")
+        assert dag["dag_id"] == "memedit-nightly"
         assert dag["catchup"] is False and dag["max_active_runs"] == 1
         assert dag["start_date"].utcoffset() == timedelta(0)
         assert kind == "task" and task["retries"] == 2

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -38,6 +39,7 @@ class Kubernetes(ThreadingHTTPServer):
         self.kept: dict[str, Any] = {}
         self.tokens: set[str | None] = set()
         self.posts = 0
+        self.keeps = False
         super().__init__(("127.0.0.1", 0), _Handler)
 
     @property
@@ -72,6 +74,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, {"message": "not found"})
         else:
             self._answer(200, {"metadata": {"name": name}, "status": status})
+
+    def do_DELETE(self) -> None:
+        name = self.path.removeprefix(f"{PATH}/")
+        if self.server.keeps:
+            self._answer(403, {"message": "no"})
+        else:
+            self._answer(200, self.server.kept.pop(name))
 
     def _answer(self, code: int, told: Any) -> None:
         self.server.tokens.add(self.headers.get("Authorization"))
@@ -160,6 +169,54 @@ def test_what_is_refused_is_not_tried_again(
 def test_a_run_that_is_deleted(kubernetes: Kubernetes, account: Path) -> None:
     kubernetes.statuses = [state("Running"), 404]
     assert start(kubernetes, account) == 1
+
+
+STUCK = {
+    "Initializing": ({"rayClusterName": "c-1"}, "describe pods -l ray.io/cluster=c-1"),
+    "Suspended": ({}, "get workloads"),
+    "": ({}, "operator running? kubectl -n models describe rayjob night-29345678-run"),
+}
+
+
+@pytest.mark.parametrize("stays", STUCK)
+def test_a_run_that_never_starts_is_removed(
+    stays: str, kubernetes: Kubernetes, account: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Otherwise no later night would have a run."""
+    more, advice = STUCK[stays]
+    kubernetes.statuses = [state(stays) | more]
+    run = {**RUN, "spec": {**RUN["spec"], "preRunningDeadlineSeconds": 1, "backoffLimit": 0}}
+    server = ApiServer(kubernetes.address, account)
+    began = time.monotonic()
+    assert start_and_wait(server, run, poll_s=0.01, patience_s=0.2, remind_s=0.3) == 1
+    assert 1.2 <= time.monotonic() - began < 10
+    lines = capsys.readouterr().out.splitlines()
+    assert kubernetes.kept == {} and len(lines) >= 4
+    assert all(advice in line for line in lines[2:])
+    assert f"still {stays or 'Pending'} after 0 min" in lines[2] and "removed" in lines[-1]
+
+
+def test_a_run_that_cannot_be_removed(
+    kubernetes: Kubernetes, account: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kubernetes.statuses, kubernetes.keeps = [state("Initializing")], True
+    run = {**RUN, "spec": {**RUN["spec"], "preRunningDeadlineSeconds": 0}}
+    server = ApiServer(kubernetes.address, account)
+    assert start_and_wait(server, run, poll_s=0.01, patience_s=0.1) == 1
+    said = capsys.readouterr().out
+    assert "kubectl -n models delete rayjob night-29345678-run" in said.splitlines()[-1]
+
+
+def test_a_run_that_has_started_may_take_its_time(kubernetes: Kubernetes, account: Path) -> None:
+    """And what is lost on the way waits anew."""
+    waits, runs = [state("Initializing")] * 20, [state("Running")] * 60
+    ended = state("Complete", "SUCCEEDED")
+    kubernetes.statuses = [*waits, *runs, state("Retrying"), *waits, state("Running"), ended]
+    run = {**RUN, "spec": {**RUN["spec"], "preRunningDeadlineSeconds": 0}}
+    server = ApiServer(kubernetes.address, account)
+    began = time.monotonic()
+    assert start_and_wait(server, run, poll_s=0.02, patience_s=1.5) == 0
+    assert time.monotonic() - began > 1.5
 
 
 def test_the_token_is_read_each_time(kubernetes: Kubernetes, account: Path) -> None:

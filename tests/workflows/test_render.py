@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
-import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
 from tests.workflows.kube_schemas import errors_of, strict, validator_of
-from tests.workflows.runs import Ran, memedit
+from tests.workflows.rendered import FULL, JOB, KINDS, NIGHTLY, made, ray_job, render
+from tests.workflows.runs import memedit
 from workflows.cli import cli
 from workflows.jobfile import load_job
 from workflows.rayjob_starter import run_of
 from workflows.settings import EditJob
-
-JOB = """\
-# token: wJalrXUtnFEMI, as nobody should write
-model: s3://models/pythia
-facts: s3://facts/today.parquet
-registry: s3://models/capitals
-layers: 5-9
-gate: ["score>=80"]
-targets: {lr: 1e-1, steps: 15}
-workers: 3
-matrix_gflops: 10     # of `plan`
-"""
-NIGHTLY = ("--schedule", "0 2 * * *")
-FULL = (
-    *("--workers", 8, "--gpus-per-worker", 2, "--secret", "s3", "--volume-claim", "data"),
-    *("--service-account", "reader", "--namespace", "models", "--head-gpus", 1),
-    *("--time-zone", "Europe/Berlin", "--image", "registry.example.com:5000/memedit:1.2"),
-)
-KINDS: dict[str, tuple[object, ...]] = {
-    "rayjob": ("--queue", "night"),
-    "raycronjob": (*NIGHTLY, "--kind", "raycronjob"),
-    "cronjob": (*NIGHTLY, "--queue", "night"),
-}
 
 
 @pytest.fixture
@@ -56,36 +33,6 @@ def crds(shared_data: Path) -> Path:
     if not folder.is_dir():
         pytest.skip(f"no schemas at {folder}")
     return folder
-
-
-def render(job: Path, *more: object) -> Ran:
-    return memedit("render", "kubernetes", "--config", job, *more)
-
-
-def made(job: Path, *more: object) -> dict[str, Any]:
-    """The manifests by their kind."""
-    ran = render(job, *more)
-    assert ran.code == 0, ran.stderr
-    found = list(yaml.safe_load_all(ran.stdout))
-    assert len({each["kind"] for each in found}) == len(found)
-    return {each["kind"]: each for each in found}
-
-
-def ray_job(manifests: dict[str, Any]) -> dict[str, Any]:
-    """The RayJob that runs in the end, whoever starts it."""
-    if "RayJob" in manifests:
-        found: dict[str, Any] = manifests["RayJob"]
-        return found
-    if "RayCronJob" in manifests:
-        schedule = manifests["RayCronJob"]
-        return {
-            "apiVersion": "ray.io/v1",
-            "kind": "RayJob",
-            "metadata": schedule["metadata"],
-            "spec": schedule["spec"]["jobTemplate"],
-        }
-    template = json.loads(manifests["ConfigMap"]["data"]["rayjob.json"])
-    return run_of(template, job="memedit-capitals-nightly-29345678", uid="u-1")
 
 
 # What KubeRay takes
@@ -208,7 +155,7 @@ def test_a_cron_job_may_start_rayjobs_and_nothing_else(job: Path) -> None:
     manifests = made(job, *NIGHTLY, "--namespace", "models")
     name = manifests["ServiceAccount"]["metadata"]["name"]
     assert manifests["Role"]["rules"] == [
-        {"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create", "get"]}
+        {"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create", "get", "delete"]}
     ]
     binding = manifests["RoleBinding"]
     assert binding["roleRef"]["name"] == manifests["Role"]["metadata"]["name"]
@@ -230,50 +177,6 @@ def test_schedules(job: Path) -> None:
     for kind, name in (("cronjob", "CronJob"), ("raycronjob", "RayCronJob")):
         spec = made(job, *when, "--kind", kind)[name]["spec"]
         assert (spec["schedule"], spec["timeZone"]) == ("0 2 * * *", "Europe/Berlin")
-
-
-def test_the_cluster_of_a_run(job: Path) -> None:
-    run = ray_job(made(job, *FULL, "--worker-cpus", 16, "--worker-memory", "96Gi"))
-    spec = run["spec"]
-    assert spec["shutdownAfterJobFinishes"] is True and spec["backoffLimit"] == 1
-    assert yaml.safe_load(spec["runtimeEnvYAML"]) == {
-        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}
-    }
-    cluster = spec["rayClusterSpec"]
-    assert cluster["authOptions"] == {"mode": "token"}
-    assert re.fullmatch(r"2\.\d+\.\d+", cluster["rayVersion"])
-    head, (workers,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
-    # No actor is put on the head, whose CPUs and GPUs are the run's own.
-    assert head["rayStartParams"]["num-cpus"] == head["rayStartParams"]["num-gpus"] == "0"
-    assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == 8
-    for group, gpus in ((head, "1"), (workers, "2")):
-        (container,) = group["template"]["spec"]["containers"]
-        assert container["resources"]["requests"] == container["resources"]["limits"]
-        assert container["resources"]["limits"]["nvidia.com/gpu"] == gpus
-        assert container["envFrom"] == [{"secretRef": {"name": "s3"}}]
-        assert container["env"] == [{"name": "MEMEDIT_CACHE", "value": "/data/cache"}]
-        assert container["image"] == "registry.example.com:5000/memedit:1.2"
-        pod = group["template"]["spec"]
-        assert pod["serviceAccountName"] == "reader"
-        assert pod["securityContext"]["runAsNonRoot"] is True
-        claims = [v.get("persistentVolumeClaim") for v in pod["volumes"]]
-        assert {"claimName": "data"} in claims
-    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert limits == {"cpu": "16", "memory": "96Gi", "nvidia.com/gpu": "2"}
-
-
-@pytest.mark.parametrize(
-    ("workers", "share", "pods", "gpus"),
-    [(3, 0, 3, None), (3, 0.5, 2, "1"), (7, 0.33, 3, "1"), (10, 0.1, 1, "1"), (2, 4, 2, "4")],
-)
-def test_pods_and_their_gpus(
-    workers: int, share: float, pods: int, gpus: str | None, job: Path
-) -> None:
-    run = ray_job(made(job, "--workers", workers, "--gpus-per-worker", share))
-    (group,) = run["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    assert group["replicas"] == pods
-    (container,) = group["template"]["spec"]["containers"]
-    assert container["resources"]["limits"].get("nvidia.com/gpu") == gpus
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -385,7 +288,10 @@ def test_keys_are_never_rendered(scheduler: str, job: Path) -> None:
         (("--worker-cpus", "0"), "worker_cpus"),
         (("--image", "two words"), "image"),
         (("--ray-version", "latest"), "ray_version"),
+        (("--ray-version", "2.51.1"), "ray_version"),
         (("--namespace", "My Models"), "namespace"),
+        (("--namespace", "models.nightly"), "namespace"),
+        (("--namespace", "m" * 64), "namespace"),
         (("--secret", "AWS_SECRET=abc"), "secret"),
         (("--volume-claim", ""), "volume_claim"),
         (("--user", "0"), "user"),
@@ -399,6 +305,14 @@ def test_settings_that_are_wrong(flags: tuple[str, ...], field: str, job: Path) 
     assert ran.code == 2, ran.stdout
     assert ran.error["field"] == field or field in ran.error["message"]
     assert "Traceback" not in ran.stderr
+
+
+def test_a_ray_that_is_too_old_here(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.51.0")
+    ran = render(job, "--json")
+    assert ran.code == 2 and ran.error["field"] == "ray_version"
+    assert "2.52.0" in ran.error["message"] and "the one here" in ran.error["message"]
+    assert made(job, "--ray-version", "2.52.0")["RayJob"]
 
 
 def test_the_job_file_is_checked_as_by_edit(job: Path, tmp_path: Path) -> None:
