@@ -68,6 +68,7 @@ def connect(address: str | None) -> Connection:
                     "again when the machine is less busy, or use the inline executor"
                 ) from error
             return Connection(ours=True)
+        address = _found(address)
         _reach(address)
         try:
             context = ray.init(address=address, **quiet)
@@ -90,10 +91,22 @@ def _sigterm_kept() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
+def _found(address: str) -> str:
+    """The address itself; for `auto` what Ray makes of it: RAY_ADDRESS, or the cluster here."""
+    if address != "auto":
+        return address
+    from ray._private import services
+
+    services.find_gcs_addresses.cache_clear()  # type: ignore[attr-defined]  # as ray.init does
+    try:
+        found = services.get_ray_address_from_environment(address, None)
+    except ConnectionError as error:
+        raise _unreachable(address, last_line(str(error))) from error
+    return str(found)
+
+
 def _reach(address: str) -> None:
     """Check in seconds that something answers as Ray does; Ray itself tries for minutes."""
-    if address == "auto":
-        return
     parts = urlsplit(address if "://" in address else f"//{address}")
     try:
         host, port = parts.hostname, parts.port
@@ -154,13 +167,17 @@ def _unreachable(address: str, why: str) -> InputError:
 
 def _other_version(address: str, told: str) -> InputError:
     """Ray tells both, a line for each: first the cluster's, then those here."""
-    (ray_there, ray_here), (python_there, python_here) = (
-        re.findall(rf"{name}: (\S+)", told)[:2] for name in ("Ray", "Python")
-    )
+    rays, pythons = (re.findall(rf"{name}: (\S+)", told) for name in ("Ray", "Python"))
+    if len(rays) < 2 or len(pythons) < 2:
+        return InputError(
+            f"the cluster at {address} has another version of Ray or Python than there is here: "
+            + " ".join(told.split()),
+            field="address",
+        )
     return InputError(
-        f"the cluster at {address} has Ray {ray_there} and Python {python_there}, and here are Ray "
-        f"{ray_here} and Python {python_here}; run this in an environment with "
-        f"'ray[default]=={ray_there}' and Python {python_there}, or on the cluster, by "
+        f"the cluster at {address} has Ray {rays[0]} and Python {pythons[0]}, and here are Ray "
+        f"{rays[1]} and Python {pythons[1]}; run this in an environment with "
+        f"'ray[default]=={rays[0]}' and Python {pythons[0]}, or on the cluster, by "
         "`memedit submit`",
         field="address",
     )

@@ -1,6 +1,6 @@
 """The job server of a Ray cluster: submit, look, follow, stop.
 
-One of the modules that import Ray. Knows addresses, tokens and Ray's Jobs API; does not know what a
+One of the modules that import Ray. Knows Ray's Jobs API; does not know what a
 job of memedit is (`workflows.submit`).
 """
 
@@ -9,15 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
+import re
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import aiohttp
 import ray
@@ -25,6 +23,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient, JobType
 
+from cluster.ray_addresses import dashboard_address, no_other_address
 from cluster.ray_tokens import authorization, refused
 from memedit.errors import InputError, MemeditError
 
@@ -44,6 +43,9 @@ _TALKATIVE = (
     "_private.runtime_env.packaging",
 )
 """Modules of Ray's client that tell of every connection and upload."""
+_TAKEN = "already exists"
+_PASSING = re.compile(r"Request failed with status code (429|5\d\d): ")
+"""What a head that starts again, or a proxy before it, answers for a while."""
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -87,9 +89,9 @@ class RayJobs:
     """
 
     def __init__(self, address: str | None, *, token: str | None = None) -> None:
-        self.address = _dashboard(address)
+        self.address = dashboard_address(address)
         headers = authorization(token)
-        with _no_other_address():
+        with no_other_address():
             try:
                 self._client = _Client(self.address, headers=headers)
             except AuthenticationError as error:
@@ -97,7 +99,7 @@ class RayJobs:
             except (ConnectionError, requests.ConnectionError, requests.Timeout) as error:
                 if "Connection aborted" in str(error.__context__):  # it speaks, but not HTTP
                     raise self._something_else() from error
-                raise self._unreachable(error) from error
+                raise InputError(self._unreachable(error), field="address") from error
             except Exception as error:  # whatever Ray's client makes of an answer that is not Ray's
                 raise self._something_else() from error
         for name in _TALKATIVE:
@@ -139,9 +141,11 @@ class RayJobs:
     ) -> bool:
         """Start a job, unless there is one of this name; whether it was started.
 
+        Where the answer is lost, the cluster is asked whether it has the job.
+
         Raises:
             InputError: The runtime environment is wrong.
-            MemeditError: The cluster takes no job.
+            MemeditError: The cluster takes no job, or does not say whether it has taken it.
         """
         try:
             self._ask(
@@ -156,8 +160,10 @@ class RayJobs:
             )
         except (TypeError, ValueError, OSError) as error:
             raise InputError(_last_line(error), field="runtime_env") from error
+        except AwayError as error:
+            return self._was_taken(run_id, digest, error)
         except RuntimeError as error:
-            if "already exists" in str(error):
+            if _TAKEN in str(error):
                 return False
             if "status code 400" in str(error):
                 raise InputError(_last_line(error), field="runtime_env") from error
@@ -165,6 +171,15 @@ class RayJobs:
                 f"the cluster at {self.address} does not take the job: {_last_line(error)}"
             ) from error
         return True
+
+    def _was_taken(self, run_id: str, digest: str, lost: AwayError) -> bool:
+        try:
+            return self._patiently(run_id, lambda: self.state(run_id)).digest == digest
+        except MemeditError as error:
+            raise MemeditError(
+                f"it is not known whether the run {run_id} was submitted ({lost}); submit again "
+                f"with --run-id {run_id}, which starts it once only"
+            ) from error
 
     def state(self, run_id: str) -> JobState:
         """What a job is doing.
@@ -193,8 +208,8 @@ class RayJobs:
         """All that a job has written so far; `patient` waits for a cluster that is away.
 
         Raises:
-            InputError: The cluster knows no such job, or is away.
-            MemeditError: It was away for too long.
+            InputError: The cluster knows no such job.
+            MemeditError: It is away, or was for too long.
         """
 
         def ask() -> str:
@@ -296,17 +311,23 @@ class RayJobs:
         except AuthenticationError as error:
             raise self._refused(error) from error
         except requests.RequestException as error:
-            raise self._unreachable(error) from error
+            raise AwayError(self._unreachable(error)) from error
+        except RuntimeError as error:
+            if (code := _PASSING.match(str(error))) is None or _TAKEN in str(error):
+                raise
+            raise AwayError(
+                f"the cluster at {self.address} cannot answer at present (HTTP {code[1]}, "
+                f"{_last_line(str(error)[code.end() :])})"
+            ) from error
 
     def _refused(self, error: AuthenticationError) -> InputError:
         return refused(self.address, given="Authentication failed" in str(error))
 
-    def _unreachable(self, error: Exception) -> AwayError:
-        return AwayError(
+    def _unreachable(self, error: Exception) -> str:
+        return (
             f"no Ray dashboard was reached at {self.address} ({_reason(error)}); check that the "
             "cluster runs, that this is the address of its dashboard (port 8265 unless it was "
-            "set), and that the port is open from here",
-            field="address",
+            "set), and that the port is open from here"
         )
 
     def _something_else(self) -> InputError:
@@ -328,8 +349,8 @@ class RayJobs:
         )
 
 
-class AwayError(InputError):
-    """The cluster does not answer, which may pass."""
+class AwayError(MemeditError):
+    """The cluster was reached and now does not answer, which may pass."""
 
 
 class _Client(JobSubmissionClient):
@@ -360,49 +381,6 @@ def _in_a_loop() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _dashboard(address: str | None) -> str:
-    if address is None:
-        address = os.environ.get("RAY_API_SERVER_ADDRESS")
-        if address is None and os.environ.get("RAY_ADDRESS", "").startswith("http"):
-            address = os.environ["RAY_ADDRESS"]
-        if not address:
-            raise InputError(
-                "missing; give --address http://HOST:8265, the cluster's dashboard, or set "
-                "RAY_API_SERVER_ADDRESS",
-                field="address",
-            )
-    try:
-        parts = urlsplit(address)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname)
-        usable = usable and (parts.port is None or parts.port > 0)
-    except ValueError:
-        usable = False
-    if not usable:
-        raise InputError(
-            f"{address!r} is no address of a dashboard; write http://HOST:PORT (the port is 8265 "
-            "unless it was set)",
-            field="address",
-        )
-    if "@" in parts.netloc:
-        raise InputError(
-            "an address with keys in it; the token comes from RAY_AUTH_TOKEN or "
-            "RAY_AUTH_TOKEN_PATH",
-            field="address",
-        )
-    return address.rstrip("/")
-
-
-@contextmanager
-def _no_other_address() -> Iterator[None]:
-    """Ray's client takes the address of its environment before that which it is given."""
-    names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(kept)
 
 
 def _state_of(job: JobDetails) -> JobState:
@@ -461,6 +439,6 @@ def _reason(error: BaseException) -> str:
     return text.rpartition(": ")[2].strip("'\"()") or "no answer"
 
 
-def _last_line(error: Exception) -> str:
+def _last_line(error: Exception | str) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" .")]
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1] if lines else "no reason given"

@@ -126,6 +126,8 @@ def submit(
 
     Raises:
         InputError: The job cannot be submitted, or the cluster cannot be used; nothing was started.
+        MemeditError: The cluster does not take it, or does not say whether it has; then the error
+            names the run id, under which a second call starts it once only.
     """
     if not hasattr(job, "run_id"):
         raise InputError(f"{command_of(job)} is not run on a cluster; run it here")

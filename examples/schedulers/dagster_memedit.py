@@ -48,6 +48,8 @@ FINAL = (2, 3)
 """Exit codes of memedit that another attempt would not change: bad input, a gate not met."""
 PATIENCE_S = 600.0
 """For how long the cluster may be away while a run goes on."""
+TIMEOUT_S = (10.0, 45.0)
+"""To connect and to be answered; Ray's client waits for ever."""
 
 
 class RunFailedError(RuntimeError):
@@ -81,7 +83,7 @@ def run(
         address: The cluster's dashboard; None takes RAY_API_SERVER_ADDRESS.
         entrypoint: What to run; None for COMMAND.
         poll_s: Seconds between two looks.
-        tell: Told what happens.
+        tell: Told what happens, and the log as it is written.
 
     Raises:
         RunFailedError: The run failed or was stopped.
@@ -89,7 +91,11 @@ def run(
     # Here, so that a scheduler that only reads this file need not import Ray.
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    client = JobSubmissionClient(address or os.environ["RAY_API_SERVER_ADDRESS"])
+    class Client(JobSubmissionClient):
+        def _do_request(self, method: str, endpoint: str, **more: object) -> object:
+            return super()._do_request(method, endpoint, **{"timeout": TIMEOUT_S, **more})
+
+    client = Client(address or os.environ["RAY_API_SERVER_ADDRESS"])
     # exec: a signal reaches memedit itself.
     line = entrypoint or f"exec {shlex.join([*COMMAND, f'--run-id={run_id}'])}"
 
@@ -115,20 +121,24 @@ def run(
         if begun or client.get_job_status(name) not in (JobStatus.FAILED, JobStatus.STOPPED):
             break
     tell(f"{name}: {'submitted' if begun else 'was submitted before'}")
-    heard = time.monotonic()
+    told, heard = 0, time.monotonic()
     while True:
         try:
             job = client.get_job_info(name)
-            log = client.get_job_logs(name) if job.status.is_terminal() else ""
+            log = "" if job.status == JobStatus.PENDING else client.get_job_logs(name)
         except (OSError, RuntimeError):
             if time.monotonic() - heard > PATIENCE_S:
                 raise
         else:
             heard = time.monotonic()
-            if job.status.is_terminal():
+            over = job.status.is_terminal()
+            until = len(log) if over else log.rfind("\n") + 1
+            if until > told:
+                tell(log[told:until].rstrip("\n"))
+                told = until
+            if over:
                 break
         time.sleep(poll_s)
-    tell(log)
     if job.status != JobStatus.SUCCEEDED:
         raise RunFailedError(f"{name}: {job.status}: {job.message}", job.driver_exit_code)
     return log

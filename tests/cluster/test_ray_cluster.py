@@ -33,13 +33,38 @@ def test_what_is_no_address(address: str) -> None:
         ray_cluster.connect(address)
 
 
-def test_another_version_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_reached_before_ray_tries_for_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("not asked first"))
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(InputError, match=r"reached at 127\.0\.0\.1:1 .*refused"):
+        ray_cluster.connect("auto")
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda folder: None)
+    here: set[str] = set()
+    found = lambda: here  # noqa: E731
+    found.cache_clear = lambda: None  # type: ignore[attr-defined]
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", found)
+    with pytest.raises(InputError, match=r"reached at auto .*RAY_ADDRESS"):
+        ray_cluster.connect("auto")
+    here.add("127.0.0.1:2")
+    with pytest.raises(InputError, match=r"reached at 127\.0\.0\.1:2 .*refused"):
+        ray_cluster.connect("auto")
+
+
+@pytest.mark.parametrize(
+    ("told", "hint"),
+    [
+        (OTHER_VERSION, r"has Ray 2\.55\.0 and Python 3\.12\.1, and here are Ray"),
+        ("Version mismatch: 2.55.0\nis not 2.60.0", "Version mismatch: 2.55.0 is not 2.60.0"),
+    ],
+)
+def test_another_version_says_which(told: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**options: Any) -> None:
-        raise RuntimeError(OTHER_VERSION)
+        raise RuntimeError(told)
 
     monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.setattr(ray_cluster, "_reach", lambda address: None)
-    with pytest.raises(InputError, match=r"has Ray 2\.55\.0 and Python 3\.12\.1, and here are Ray"):
+    with pytest.raises(InputError, match=hint):
         ray_cluster.connect("head:6379")
 
 

@@ -182,6 +182,8 @@ def test_a_port_of_ray_that_is_not_the_dashboards(head: Head) -> None:
         ("gcs_port", "", None, "no token was given"),
         ("client_port", "ray://", "wrong", "wrong token was given"),
         ("client_port", "ray://", None, "no token was given"),
+        ("gcs_port", "auto", "wrong", "wrong token was given"),
+        ("gcs_port", "auto", None, "no token was given"),
         ("client_port", "", "right", "6379 unless"),
         ("gcs_port", "ray://", "right", "10001 unless"),
     ],
@@ -201,8 +203,10 @@ def test_ray_itself_is_asked_once_before_work_begins(
         monkeypatch.setenv("RAY_AUTH_MODE", "token" if given else "")
     if given == "wrong":
         monkeypatch.setenv("RAY_AUTH_TOKEN", given)
+    address = f"127.0.0.1:{getattr(head, port)}"
+    monkeypatch.setenv("RAY_ADDRESS", address)  # as a job finds it
     with pytest.raises(InputError, match=hint) as refused:
-        connect(f"{scheme}127.0.0.1:{getattr(head, port)}")
+        connect(scheme if scheme == "auto" else f"{scheme}{address}")
     assert refused.value.field == "address"
 
 

@@ -6,27 +6,26 @@ cannot be had here (another Ray, another Python, no Ray at all), a small HTTP se
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import shlex
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
-import requests
 
 import workflows.submit as submit_module
-from cluster import ray_jobs
 from cluster.ray_jobs import JobState
-from memedit.errors import InputError, MemeditError
+from memedit.errors import InputError
+from tests.workflows.dashboards import (
+    TOKEN,
+    Dashboard,
+    answers,
+    cluster,
+    dashboard,
+    no_cluster_around,
+)
 from tests.workflows.runs import memedit
 from workflows.arguments import arguments_of
 from workflows.cli import cli
@@ -43,96 +42,8 @@ from workflows.submit import (
 )
 from workflows.version_settings import ApplyJob, VerifyJob
 
-TOKEN = "a-token-of-this-cluster"
+__all__ = ["cluster", "no_cluster_around"]
 SECRET = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"
-
-
-@pytest.fixture(autouse=True)
-def no_cluster_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in [name for name in os.environ if name.startswith("RAY_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    monkeypatch.setenv("HOME", str(tmp_path))
-
-
-class Dashboard(ThreadingHTTPServer):
-    """Answers as Ray's dashboard does, as far as a submission goes, and keeps what it is sent."""
-
-    daemon_threads = True
-
-    def __init__(self, answers: dict[str, tuple[int, Any]]) -> None:
-        self.answers = answers
-        self.requests: list[tuple[str, Any, dict[str, str]]] = []
-        super().__init__(("127.0.0.1", 0), _Handler)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Whoever asked has gone."""
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Dashboard
-
-    def _answer(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        found = json.loads(body) if body else None
-        key = f"{self.command} {self.path}"
-        self.server.requests.append((key, found, dict(self.headers)))
-        code, told = self.server.answers.get(key, (404, "nothing here"))
-        if callable(told):
-            told = told()
-        data = (told if isinstance(told, str) else json.dumps(told)).encode()
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    do_GET = do_POST = do_PUT = _answer
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        pass
-
-
-def answers(**changes: str) -> dict[str, tuple[int, Any]]:
-    python = changes.get("python", platform.python_version())
-    version = changes.get("ray", importlib.metadata.version("ray"))
-    return {
-        "GET /api/version": (200, {"version": "4", "ray_version": version, "ray_commit": "x"}),
-        "GET /api/v0/cluster_metadata": (200, {"data": {"pythonVersion": python}}),
-        "POST /api/jobs/": (200, {"job_id": "night-1", "submission_id": "night-1"}),
-        "GET /api/jobs/night-1": (
-            200,
-            {
-                "type": "SUBMISSION",
-                "submission_id": "night-1",
-                "status": "RUNNING",
-                "entrypoint": "exec memedit",
-                "start_time": 1_764_000_000_000,
-                "metadata": {"memedit": "edit", "digest": "of another job"},
-            },
-        ),
-    }
-
-
-@contextmanager
-def dashboard(given: dict[str, tuple[int, Any]]) -> Iterator[Dashboard]:
-    server = Dashboard(given)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.fixture
-def cluster() -> Iterator[Dashboard]:
-    with dashboard(answers()) as server:
-        yield server
 
 
 def edit(**more: Any) -> EditJob:
@@ -499,23 +410,6 @@ def test_a_token_file_that_holds_none(
     assert not cluster.requests
 
 
-def test_whoever_is_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ray_jobs._CONNECT_S + ray_jobs._ANSWER_S < 60
-    monkeypatch.setattr(ray_jobs, "_ANSWER_S", 0.3)
-    over = threading.Event()
-
-    def wait() -> str:
-        over.wait(10)
-        return ""
-
-    with dashboard({"GET /api/version": (200, wait)}) as other:
-        began = time.monotonic()
-        ran = memedit("status", "--address", other.address, "--json")
-        assert time.monotonic() - began < 5
-        over.set()
-    assert ran.code == 2 and "no answer" in ran.error["message"]
-
-
 # What became of it
 
 
@@ -568,76 +462,10 @@ def test_why_a_run_did_not_begin_is_no_traceback(cluster: Dashboard) -> None:
     assert ran.result["message"] == "runtime_env setup failed: E: y"
 
 
-def test_a_run_that_has_not_begun_is_not_waited_for(
-    cluster: Dashboard, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("workflows.submit._BEGIN_S", 0.1)
-    monkeypatch.setattr(ray_jobs, "_POLL_S", 0.01)
-    cluster.answers["POST /api/jobs/night-1/stop"] = (200, {"stopped": True})
-    cluster.answers["GET /api/jobs/night-1"][1]["status"] = "PENDING"
-    ran = memedit("stop", "night-1", "--address", cluster.address)
-    assert ran.code == 0 and "has not begun yet" in ran.stderr
-    assert "told to stop" in ran.stdout
-
-
 def test_a_run_that_is_not_known(cluster: Dashboard) -> None:
     for command in ("status", "logs", "stop"):
         ran = memedit(command, "no-such", "--address", cluster.address, "--json")
         assert ran.code == 2 and "knows no run 'no-such'" in ran.error["message"]
-
-
-def test_a_log_is_told_once_whatever_breaks(
-    cluster: Dashboard, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The connection ends too early, then the cluster is away for a while, then the run ends.
-
-    The cluster is away once more when the rest of the log is asked for.
-    """
-    jobs = ray_jobs.RayJobs(cluster.address)
-    monkeypatch.setattr(ray_jobs, "_POLL_S", 0.01)
-    written = "".join(f"line {i}\n" for i in range(9))
-    tails = iter([["line 0\n", "line 1\n"], [], ["line 0\nline 1\nli"], [written[:-7]]])
-    details = cluster.answers["GET /api/jobs/night-1"][1]
-    cluster.answers["GET /api/jobs/night-1/logs"] = (200, {"logs": written})
-
-    def tail(run_id: str) -> Iterator[str]:
-        yield from next(tails)
-        if not tails.__length_hint__():
-            details["status"] = "SUCCEEDED"
-        away.extend([True, True])
-
-    away: list[bool] = []
-    answered = jobs._client.get_job_info
-
-    def sometimes(run_id: str) -> Any:
-        if away:
-            away.pop()
-            raise requests.ConnectionError("away")
-        return answered(run_id)
-
-    whole, breaks = jobs._client.get_job_logs, [True, True]
-
-    def at_last(run_id: str) -> str:
-        if breaks:
-            breaks.pop()
-            raise requests.ConnectionError("away")
-        return whole(run_id)
-
-    monkeypatch.setattr(jobs._client, "get_job_info", sometimes)
-    monkeypatch.setattr(jobs._client, "get_job_logs", at_last)
-    monkeypatch.setattr(jobs, "_tail", tail)
-    assert "".join(jobs.follow("night-1")) == written and not breaks
-
-
-def test_a_cluster_that_stays_away(cluster: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = ray_jobs.RayJobs(cluster.address)
-    monkeypatch.setattr(ray_jobs, "_POLL_S", 0.01)
-    monkeypatch.setattr(ray_jobs, "_PATIENCE_S", 0.1)
-    cluster.shutdown()
-    cluster.server_close()
-    with pytest.raises(MemeditError, match="may go on without being watched") as lost:
-        list(jobs.follow("night-1"))
-    assert lost.value.exit_code == 1
 
 
 def test_only_runs_of_memedit_are_listed(cluster: Dashboard) -> None:
