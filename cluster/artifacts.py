@@ -108,18 +108,18 @@ class Artifacts:
 
     def moment(self, digest: str) -> SecondMoment | None:
         """A second moment, if it was kept."""
-
-        def read(path: Path) -> SecondMoment:
-            moment = load_moment(path)
-            if not bool(moment.sum_II.diagonal().isfinite().all()):
-                raise ValueError("NaN")
-            return moment
-
-        return self._read(_name("moments", digest), read)
+        return self._read(_name("moments", digest), _finite_moment)
 
     def has_moment(self, digest: str) -> bool:
         """Whether a second moment was kept; does not read its matrix."""
         return self._read(_name("moments", digest), check_moment) is not None
+
+    def forget_moment(self, digest: str) -> None:
+        """Remove a second moment that turned out not to be sound."""
+        name = _name("moments", digest)
+        (self.folder / name).unlink(missing_ok=True)
+        if self.depot is not None:
+            self.depot.drop([name])
 
     def keep_moment(self, digest: str, moment: SecondMoment) -> None:
         """Keep a second moment under its digest."""
@@ -157,8 +157,8 @@ class Artifacts:
             there = self.depot.names({name.rpartition("/")[0] for name in names})
             here = {name for name in names if (self.folder / name).exists()}
             self.depot.each_small((names & there) - here, self._put)
-            for name in here - there:  # from a run that did not know the depot, or was killed
-                self.depot.keep(self.folder, name)
+            # From a run that did not know the depot, or was killed.
+            self.depot.keep_small(self.folder, here - there)
         kept = {case_id: self.target(digest, case_id) for case_id, digest in digests.items()}
         return {case_id: target for case_id, target in kept.items() if target is not None}
 
@@ -213,8 +213,9 @@ class Artifacts:
         if found is None:
             if self.depot.has(name):
                 with _appearing(path) as partial:
-                    fetched = self.depot.fetch(name, partial)
-                found = _sound(path, read) if fetched else None
+                    if not self.depot.fetch(name, partial):
+                        partial.touch()  # gone meanwhile: not sound, so not kept
+                found = _sound(path, read)
         elif not self.depot.has(name):  # from a run that did not know the depot, or was killed
             self.depot.keep(self.folder, name)
         return found
@@ -253,6 +254,13 @@ def open_artifacts(
 
 def _name(kind: str, digest: str) -> str:
     return f"{kind}/{digest[:2]}/{digest}.safetensors"
+
+
+def _finite_moment(path: Path) -> SecondMoment:
+    moment = load_moment(path)
+    if not bool(moment.sum_II.diagonal().isfinite().all()):
+        raise ValueError("NaN")
+    return moment
 
 
 def _sound(path: Path, read: Callable[[Path], T]) -> T | None:

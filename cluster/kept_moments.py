@@ -20,7 +20,7 @@ from typing import Self
 from cluster.artifacts import Artifacts, remove_stale
 from cluster.store import Guard
 from memedit.collect import Kept
-from memedit.errors import InputError, LockError
+from memedit.errors import InputError, LockError, MemeditError
 from memedit.lock import exclusive_lock
 from memedit.moments import SecondMoment, check_moment, load_moment, save_moment
 from memedit.writing import whole_file, writing
@@ -112,7 +112,26 @@ class KeptMoments(Kept):
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         remove_stale(self.folder)
-        turn, names = secrets.token_hex(4), {}
+        turn, names = secrets.token_hex(4), dict[int, str]()
+        try:
+            self._write(units, moments, turn, names)
+        except BaseException:  # the next try would need as much room again
+            for path in self.folder.glob(f"{turn}-*.safetensors"):
+                path.unlink(missing_ok=True)
+            raise
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in names.values():
+                path.unlink(missing_ok=True)
+        with suppress(MemeditError):  # it is kept by now; the rest is only room
+            self._drop(but=[_UNITS_NAME, *names.values()])
+
+    def _write(
+        self,
+        units: Iterable[int],
+        moments: Iterable[SecondMoment],
+        turn: str,
+        names: dict[int, str],
+    ) -> None:
         for moment in moments:
             names[moment.layer] = f"{turn}-{moment.layer}.safetensors"
             save_moment(self.folder / names[moment.layer], moment, metadata={})
@@ -121,14 +140,10 @@ class KeptMoments(Kept):
         units_json = json.dumps({"units": sorted(units), "layers": list(names.items())}).encode()
         if self._lease is not None:
             self._lease.check()
-        with whole_file(self.folder / _UNITS_NAME) as partial:
-            partial.write_bytes(units_json)
         if self._depot is not None:
             self._depot.write(f"{self._name}/{_UNITS_NAME}", units_json)
-        for path in self.folder.glob("*.safetensors"):
-            if path.name not in names.values():
-                path.unlink(missing_ok=True)
-        self._drop(but=[_UNITS_NAME, *names.values()])
+        with whole_file(self.folder / _UNITS_NAME) as partial:
+            partial.write_bytes(units_json)
 
     def _drop(self, *, but: Sequence[str] = ()) -> None:
         if self._depot is not None:

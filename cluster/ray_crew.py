@@ -183,6 +183,7 @@ class Crew:
     def _bury_overdue(self) -> None:
         """Replace those that run, but have not loaded the model in time."""
         for slot in self.slots:
+            self.welcome(slot)  # it may be ready since nobody looked
             if slot.begun is None:
                 continue
             now = time.monotonic()

@@ -169,13 +169,16 @@ class _Collection:
         began = time.monotonic()
         try:
             kept.save(self.wanted, (self.moment(layer) for layer in self.layers))
-            self.before, self.moments = kept.load()
         except LockError as error:
             self.progress.message(f"what is counted is kept no longer: {error}")
             self.kept = None
         except MemeditError as error:  # later, perhaps
             self.progress.message(f"what was counted could not be kept: {error}")
         else:
+            try:
+                self.before, self.moments = kept.load()
+            except MemeditError:
+                self.before = frozenset()
             if self.before == self.wanted:
                 self.executor.broadcast("forget", "moments")
             else:  # something else is there now; the workers have the most of it

@@ -195,7 +195,7 @@ def solve_layers(
         update: Update | None = None
         if device.type != "cpu":
             try:
-                update = solve(matrices[0].to(device), device)
+                update = solve([matrices[0].to(device)], device)
             except RuntimeError as error:  # a worker's model may lie there too
                 if not is_out_of_memory(error):
                     raise
@@ -205,7 +205,7 @@ def solve_layers(
                 device = torch.device("cpu")
             release_memory()
         if update is None:
-            update = solve(matrices.pop(), device)
+            update = solve(matrices, device)
         executor.broadcast("apply", update, stored[layer])
         norm = keys.residual_norm
         solved.append(SolvedLayer(update=update, residual_norm=norm, moment=summary))
@@ -219,7 +219,7 @@ def solve_layers(
 def _solve(
     method: Method,
     keys: _Factors | _Sums,
-    moment_II: Tensor,
+    matrices: list[Tensor],
     device: torch.device,
     *,
     layer: int,
@@ -227,9 +227,8 @@ def _solve(
     lam: float,
     ridge: float,
 ) -> Update:
-    """The update of one layer, computed where `moment_II` is."""
-    factor = MomentFactor(moment_II, ridge=ridge, layer=layer)
-    del moment_II  # with a ridge the factor holds another
+    """The update of one layer; takes C out of `matrices`, since with a ridge there is another."""
+    factor = MomentFactor(matrices.pop(), ridge=ridge, layer=layer)
     if isinstance(keys, _Sums):
         return method.from_sums(
             layer=layer,

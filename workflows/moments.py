@@ -234,9 +234,10 @@ def moments_for(
     def read(layer: int) -> SecondMoment:
         moment = artifacts.moment(digests[layer])
         if moment is None:
+            artifacts.forget_moment(digests[layer])  # or it would seem to be there again
             raise MemeditError(
                 f"the second moment of layer {layer} has gone from {artifacts.location} while this "
-                "run needed it; run the same command again"
+                "run needed it, or was damaged; run the same command again"
             )
         return moment
 

@@ -392,11 +392,13 @@ def _asked(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> Iterator
 def _rates(job: PlanJob, device: str) -> dict[str, float]:
     """Operations a second of one worker, and of the driver's solve."""
     given, threads = job.matrix_gflops, torch.get_num_threads()
+    # A local Ray gives each worker its share of one machine, and one with GPUs a GPU.
+    local = job.executor == "ray" and job.address is None and device == "cpu"
+    share = workers_of(job) if local else 1
     if given is not None:
-        return {"model": given * 1e9, "float64": given * 1e9 / 2}
+        return {"model": given * 1e9 / share, "float64": given * 1e9 / 2}
     try:
-        # A local Ray gives each worker its share of this machine.
-        torch.set_num_threads(max(1, threads // workers_of(job)))
+        torch.set_num_threads(max(1, threads // share))
         model = measured_rate(device, DTYPES[job.dtype], seconds=0.3)
     finally:
         torch.set_num_threads(threads)

@@ -145,8 +145,7 @@ def start_and_wait(
             ran = reminded = heard
         elif heard - ran > limit_s:
             print(f"{name}: not started in time, so it is removed: {_advice(run, status)}")
-            _remove(server, run)
-            return 1
+            return _remove(server, run, poll_s=poll_s, patience_s=patience_s)
         elif heard - reminded >= remind_s:
             waited = f"still {state} after {(heard - ran) / 60:.0f} min"
             print(f"{name}: {waited}: {_advice(run, status)}", flush=True)
@@ -177,13 +176,23 @@ def _advice(run: Mapping[str, Any], status: Mapping[str, Any]) -> str:
     return f"{kubectl} get {pods}; {kubectl} describe {pods}"
 
 
-def _remove(server: ApiServer, run: Mapping[str, Any]) -> None:
-    """Otherwise it might start beside a later run."""
+def _remove(server: ApiServer, run: Mapping[str, Any], *, poll_s: float, patience_s: float) -> int:
+    """The exit code, once it is removed; otherwise it might start beside a later run."""
     name, namespace = run["metadata"]["name"], run["metadata"]["namespace"]
-    try:
-        server.delete(name)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        print(f"{name}: {error}; remove it: kubectl -n {namespace} delete rayjob {name}")
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            server.delete(name)
+            return 1
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            code = error.code if isinstance(error, urllib.error.HTTPError) else None
+            if code == http.client.NOT_FOUND:
+                return 1
+            away = time.monotonic() > until
+            if away or code in _REFUSALS:
+                print(f"{name}: {error}; remove it: kubectl -n {namespace} delete rayjob {name}")
+                return 2 if away else 1
+        time.sleep(poll_s)
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

@@ -226,3 +226,32 @@ def test_counting_goes_on_where_nothing_can_be_kept(
     moments = counted(executor, windows, kept)
     for layer in LAYERS:
         assert torch.equal(moments[layer].sum_II, whole[layer].sum_II)
+
+
+@pytest.mark.usefixtures(small_rounds.__name__)
+@pytest.mark.parametrize("broken", ["_drop", "load"])
+def test_counting_goes_on_after_a_save_that_was_not_finished(
+    machines: tuple[Artifacts, Artifacts],
+    executor: InlineExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: str,
+) -> None:
+    """The second save writes all, and then the storage is away."""
+    windows = [[5 + n, *range(20, 50)] for n in range(12)]
+    whole = counted(executor, windows)
+    kept = KeptMoments(machines[0], windows_digest(windows))
+    real, calls = getattr(kept, broken), list[int]()
+
+    def fails(**given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemeditError("storage is away")
+        return real(**given)
+
+    monkeypatch.setattr(kept, broken, fails)
+    moments = counted(executor, windows, kept)
+    assert len(calls) > 2
+    for layer in LAYERS:
+        assert moments[layer].tokens == whole[layer].tokens
+        difference = (moments[layer].sum_II - whole[layer].sum_II).norm()
+        assert difference <= 1e-12 * whole[layer].sum_II.norm()

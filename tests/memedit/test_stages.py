@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from memedit.executor import InlineExecutor
 from memedit.files import LocalFiles
 from memedit.model import ModelSpec
 from memedit.moments import SecondMoment, Spread
-from memedit.solve import METHODS, MomentFactor
+from memedit.solve import METHODS, Method, MomentFactor
 from memedit.stages import SolvedLayer, solve_layers
 from memedit.targets import Target
 from tests.heard import Heard
@@ -24,7 +26,14 @@ SMALL = torch.device("meta")
 """Stands for a GPU, which has no room."""
 
 
-def _solved(folder: Path, device: torch.device, heard: Heard) -> list[SolvedLayer]:
+def _solved(
+    folder: Path,
+    device: torch.device,
+    heard: Heard,
+    *,
+    method: Method = METHODS["memit"],
+    ridge: float = 0.0,
+) -> list[SolvedLayer]:
     generator = torch.Generator().manual_seed(3)
     requests = _requests()
     targets = [
@@ -52,9 +61,9 @@ def _solved(folder: Path, device: torch.device, heard: Heard) -> list[SolvedLaye
             targets,
             moments=moments,
             layers=LAYERS_EDITED,
-            method=METHODS["memit"],
+            method=method,
             lam=10.0,
-            ridge=0.0,
+            ridge=ridge,
             residual_scale=1.0,
             stored=dict.fromkeys(LAYERS_EDITED, torch.float32),
             device=device,
@@ -83,6 +92,29 @@ def test_a_gpu_without_room_gives_way_to_the_cpu(
         assert mine.residual_norm == theirs.residual_norm
     assert factors == [(1, "meta"), (1, "cpu"), (2, "cpu")]
     assert len(heard.texts) == 1 and "layer 1 does not fit" in heard.texts[0]
+
+
+def test_with_a_ridge_the_moment_itself_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a third matrix would lie in memory while a layer is solved."""
+    alive: list[bool] = []
+    values: list[Any] = []
+    value_II = SecondMoment.value_II.fget  # type: ignore[attr-defined]
+
+    def watched(moment: SecondMoment) -> torch.Tensor:
+        found: torch.Tensor = value_II(moment)
+        values.append(weakref.ref(found))
+        return found
+
+    def from_factors(problem: Any) -> Any:
+        alive.append(values[-1]() is not None)
+        return METHODS["memit"].from_factors(problem)
+
+    monkeypatch.setattr(SecondMoment, "value_II", property(watched))
+    method = replace(METHODS["memit"], from_factors=from_factors)
+    _solved(save_tiny(tmp_path), torch.device("cpu"), Heard(), method=method, ridge=0.1)
+    assert alive == [False] * len(LAYERS_EDITED)
 
 
 def test_a_cpu_without_room_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
