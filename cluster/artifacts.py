@@ -108,11 +108,11 @@ class Artifacts:
 
     def moment(self, digest: str) -> SecondMoment | None:
         """A second moment, if it was kept."""
-        return self._read(_name("moments", digest), _finite_moment)
+        return self.read(_name("moments", digest), _finite_moment)
 
     def has_moment(self, digest: str) -> bool:
         """Whether a second moment was kept; does not read its matrix."""
-        return self._read(_name("moments", digest), check_moment) is not None
+        return self.read(_name("moments", digest), check_moment) is not None
 
     def forget_moment(self, digest: str) -> None:
         """Remove a second moment that turned out not to be sound."""
@@ -123,7 +123,7 @@ class Artifacts:
 
     def keep_moment(self, digest: str, moment: SecondMoment) -> None:
         """Keep a second moment under its digest."""
-        with self._kept(_name("moments", digest)) as path:
+        with self.kept(_name("moments", digest)) as path:
             save_moment(path, moment, metadata={"digest": digest})
 
     def fetched_moment(self, digest: str, file: File) -> Path:
@@ -185,7 +185,7 @@ class Artifacts:
             "converged": target.converged,
         }
         metadata = {"target": json.dumps(facts)}
-        with self._kept(_name("targets", digest)) as path:
+        with self.kept(_name("targets", digest)) as path:
             save_file({"z_O": target.z_O.contiguous()}, path, metadata=metadata)
 
     def windows(self, digest: str) -> list[list[int]] | None:
@@ -196,16 +196,16 @@ class Artifacts:
                 ids: list[list[int]] = file.get_tensor("ids_BT").tolist()
             return ids
 
-        return self._read(_name("windows", digest), read)
+        return self.read(_name("windows", digest), read)
 
     def keep_windows(self, digest: str, windows: Sequence[Sequence[int]]) -> None:
         """Keep windows of one length under their digest."""
         ids_BT = torch.tensor(windows)
-        with self._kept(_name("windows", digest)) as path:
+        with self.kept(_name("windows", digest)) as path:
             save_file({"ids_BT": ids_BT}, path)
 
-    def _read(self, name: str, read: Callable[[Path], T]) -> T | None:
-        """What is made of a file; fetched where there is none, or none that is sound."""
+    def read(self, name: str, read: Callable[[Path], T]) -> T | None:
+        """What is made of a file, if it is sound; fetched where there is none that is."""
         path = self.folder / name
         found = _sound(path, read)
         if self.depot is None:
@@ -225,7 +225,7 @@ class Artifacts:
             partial.write_bytes(content)
 
     @contextmanager
-    def _kept(self, name: str) -> Iterator[Path]:
+    def kept(self, name: str) -> Iterator[Path]:
         """A file to write that appears under its name when the block ends."""
         with _appearing(self.folder / name) as partial:
             yield partial
@@ -276,12 +276,12 @@ def _appearing(path: Path) -> Iterator[Path]:
     """A file to write that appears when the block ends, in a folder that is made for it."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale(path.parent)
+    _remove_stale(path.parent)
     with whole_file(path) as partial:
         yield partial
 
 
-def remove_stale(folder: Path) -> None:
+def _remove_stale(folder: Path) -> None:
     """Remove what killed runs have left."""
     with suppress(OSError):  # another process may be quicker
         for partial in folder.glob("*.partial"):

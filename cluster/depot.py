@@ -102,7 +102,7 @@ class Depot:
         """Send a file, in place of what was there."""
         path = folder / name
         if path.stat().st_size <= _SMALL_BYTES:
-            self.place.put(name, path.read_bytes())
+            self.write(name, path.read_bytes())
             return
         if self.has(name):  # whoever makes it again found it unsound
             self.drop([name])

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from cluster.artifacts import Artifacts, remove_stale
+from cluster.artifacts import Artifacts
 from cluster.store import Guard
 from memedit.collect import Kept
-from memedit.errors import InputError, LockError, MemeditError
+from memedit.errors import LockError, MemeditError
 from memedit.lock import exclusive_lock
 from memedit.moments import SecondMoment, check_moment, load_moment, save_moment
 from memedit.writing import whole_file, writing
@@ -42,16 +42,16 @@ class KeptMoments(Kept):
     """
 
     def __init__(self, artifacts: Artifacts, digest: str) -> None:
-        self._root, self._depot = artifacts.folder, artifacts.depot
+        self._artifacts, self._depot = artifacts, artifacts.depot
         self._name = f"moments/unfinished/{digest}"
-        self.folder = self._root / self._name
+        self.folder = artifacts.folder / self._name
         self._lock = f"{self._name}.lock"
         self._lease: Guard | None = None
 
     @contextmanager
     def held(self) -> Iterator[Self | None]:
         """This, while the block runs; None where another run has it."""
-        path = self._root / self._lock
+        path = self._artifacts.folder / self._lock
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
@@ -83,11 +83,13 @@ class KeptMoments(Kept):
         try:
             found = json.loads(raw)
             units = frozenset(map(int, found["units"]))
-            paths = {int(layer): self.folder / name for layer, name in found["layers"]}
+            names = {int(layer): f"{self._name}/{name}" for layer, name in found["layers"]}
         except (ValueError, KeyError, TypeError):
             return frozenset(), {}
-        sound = all(_is_sound(path) or self._fetched(path) for path in paths.values())
-        return (units, _MomentFiles(paths)) if sound else (frozenset(), {})
+        if any(self._artifacts.read(name, check_moment) is None for name in names.values()):
+            return frozenset(), {}
+        paths = {layer: self._artifacts.folder / name for layer, name in names.items()}
+        return units, _MomentFiles(paths)
 
     def _units(self) -> bytes | None:
         if self._depot is not None:
@@ -95,55 +97,36 @@ class KeptMoments(Kept):
         path = self.folder / _UNITS_NAME
         return path.read_bytes() if path.exists() else None
 
-    def _fetched(self, path: Path) -> bool:
-        """Whether a moment is in the depot, sound; it is in the folder then."""
-        if self._depot is None:
-            return False
-        with writing(path):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as partial:
-            there = self._depot.fetch(f"{self._name}/{path.name}", partial)
-            if not there:
-                partial.touch()
-        return there and _is_sound(path)
-
     def save(self, units: Iterable[int], moments: Iterable[SecondMoment]) -> None:
         """See `Kept`."""
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        remove_stale(self.folder)
-        turn, names = secrets.token_hex(4), dict[int, str]()
+        turn = secrets.token_hex(4)
         try:
-            self._write(units, moments, turn, names)
+            names = self._write(turn, units, moments)
         except BaseException:  # the next try would need as much room again
             for path in self.folder.glob(f"{turn}-*.safetensors"):
                 path.unlink(missing_ok=True)
             raise
         for path in self.folder.glob("*.safetensors"):
-            if path.name not in names.values():
+            if path.name not in names:
                 path.unlink(missing_ok=True)
         with suppress(MemeditError):  # it is kept by now; the rest is only room
-            self._drop(but=[_UNITS_NAME, *names.values()])
+            self._drop(but=[_UNITS_NAME, *names])
 
-    def _write(
-        self,
-        units: Iterable[int],
-        moments: Iterable[SecondMoment],
-        turn: str,
-        names: dict[int, str],
-    ) -> None:
+    def _write(self, turn: str, units: Iterable[int], moments: Iterable[SecondMoment]) -> list[str]:
+        """The names of the files of the moments, which begin with `turn`."""
+        names: dict[int, str] = {}
         for moment in moments:
-            names[moment.layer] = f"{turn}-{moment.layer}.safetensors"
-            save_moment(self.folder / names[moment.layer], moment, metadata={})
-            if self._depot is not None:
-                self._depot.keep(self._root, f"{self._name}/{names[moment.layer]}")
-        units_json = json.dumps({"units": sorted(units), "layers": list(names.items())}).encode()
+            name = names[moment.layer] = f"{turn}-{moment.layer}.safetensors"
+            with self._artifacts.kept(f"{self._name}/{name}") as path:
+                save_moment(path, moment, metadata={})
         if self._lease is not None:
             self._lease.check()
+        units_json = json.dumps({"units": sorted(units), "layers": list(names.items())})
         if self._depot is not None:
-            self._depot.write(f"{self._name}/{_UNITS_NAME}", units_json)
+            self._depot.write(f"{self._name}/{_UNITS_NAME}", units_json.encode())
         with whole_file(self.folder / _UNITS_NAME) as partial:
-            partial.write_bytes(units_json)
+            partial.write_text(units_json)
+        return list(names.values())
 
     def _drop(self, *, but: Sequence[str] = ()) -> None:
         if self._depot is not None:
@@ -157,14 +140,6 @@ class KeptMoments(Kept):
                 self._lease.check()
             self._drop()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _is_sound(path: Path) -> bool:
-    try:
-        check_moment(path)
-    except InputError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
