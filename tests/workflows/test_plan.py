@@ -163,6 +163,16 @@ def test_workers_divide_time_and_keys(model: Path, facts: Path) -> None:
     assert alone["moved"]["bytes"] < four["moved"]["bytes"]
 
 
+def test_a_schedule_is_shorter_with_more_machines(model: Path, facts: Path) -> None:
+    """Whose rate is that of one worker; workers of one machine share it."""
+    far: dict[str, Any] = {"executor": "ray", "address": "head:6379", "matrix_gflops": 0.01}
+    one, four = (plan(model, facts, workers=n, **far) for n in (1, 4))
+    near = plan(model, facts, workers=4, executor="ray", matrix_gflops=0.01)
+    assert one["time"]["seconds"] == four["time"]["seconds"] < near["time"]["seconds"]
+    assert one["schedule"]["seconds"] == pytest.approx(one["time"]["seconds"], rel=0.01)
+    assert four["schedule"]["seconds"] < one["schedule"]["seconds"]
+
+
 def test_gpus_of_a_worker_share_the_weights(model: Path, facts: Path) -> None:
     spread: dict[str, Any] = {"executor": "ray", "device": "auto"}
     one = plan(model, facts, gpus_per_worker=1.0, **spread)["memory"]
