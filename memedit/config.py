@@ -66,6 +66,9 @@ class SolveSettings:
     with the number of facts."""
     ridge: float = 0.0
     """Added to the diagonal of λ C as a fraction of its mean."""
+    sums_above: int | None = None
+    """With more facts than this a layer is solved from sums that are streamed over the workers, and
+    nobody holds the keys of all; None where that is cheaper. Changes only the last bits."""
 
 
 @dataclass(frozen=True, kw_only=True)

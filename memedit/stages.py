@@ -146,6 +146,7 @@ def solve_layers(
     method: Method,
     lam: float,
     ridge: float,
+    sums_above: int | None = None,
     residual_scale: float,
     stored: Mapping[int, torch.dtype],
     device: torch.device,
@@ -165,6 +166,7 @@ def solve_layers(
         method: The closed form.
         lam: λ.
         ridge: See `SolveSettings`.
+        sums_above: See `SolveSettings`.
         residual_scale: c where a block adds c times the rewrite module's output.
         stored: The dtype in which the checkpoint keeps each layer's weight. A layer sees the layers
             below it as they will be saved, and makes up for their rounding (where computing is at
@@ -187,10 +189,12 @@ def solve_layers(
         summary, matrices = moment.summary, [moment.value_II]
         del moment  # its sum is as large as its value
         keys: _Factors | _Sums
-        if factors_are_cheaper(len(requests), len(matrices[0]), z_NO.shape[1]):
+        n, inputs = len(requests), len(matrices[0])
+        cheaper = factors_are_cheaper(n, inputs, z_NO.shape[1])
+        if cheaper if sums_above is None else n <= sums_above:
             keys = _factors(executor, units, z_NO, layer, layers[-1])
         else:
-            keys = _sums(executor, units, z_NO, share, layer, layers[-1], len(matrices[0]))
+            keys = _sums(executor, units, z_NO, share, layer, layers[-1], inputs)
         solve = partial(_solve, method, keys, layer=layer, share=share, lam=lam, ridge=ridge)
         update: Update | None = None
         if device.type != "cpu":

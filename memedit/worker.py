@@ -19,6 +19,7 @@ from memedit.config import EvaluationSettings, TargetSettings
 from memedit.errors import NumericalError
 from memedit.evaluate import SideEffect, measure_side_effects, score_facts
 from memedit.files import Files
+from memedit.generate import greedy_continuations
 from memedit.keys import KeyPass, Keys, default_tokens_per_chunk
 from memedit.memory import release_memory, trim_memory
 from memedit.model import LoadedModel, ModelSpec, load_model
@@ -240,6 +241,12 @@ class Worker:
             if results is None:
                 release_memory()
         yield from results
+
+    def go_on(self, prompts: Sequence[str], tokens: Sequence[int]) -> Iterator[list[str]]:
+        """Greedy continuations of some prompts, by at most so many tokens each."""
+        loaded = self.loaded
+        yield greedy_continuations(loaded.model, loaded.tokenizer, prompts, tokens)
+        trim_memory()
 
     def damage(
         self,

@@ -29,6 +29,7 @@ import memedit
 from memedit.errors import InputError, MemeditError
 from workflows import render_settings, settings, submit_settings, version_settings
 from workflows.command_help import JobCommand, flags_of
+from workflows.ingestion import settings as ingestion_settings
 from workflows.jobfile import load_job
 from workflows.render_command import RENDER_EXAMPLES, RENDER_SUMMARY, render_command
 from workflows.submit_command import EXAMPLES, SUMMARY, submit_command
@@ -172,6 +173,17 @@ ACTIONS: dict[str, Action] = {
             "memedit gc --registry runs/registry --run",
         ),
     ),
+    "ingest": Action(
+        job=ingestion_settings.IngestJob,
+        run="workflows.ingest:run_ingest",
+        show="show_ingest",
+        summary="One scheduled run: make the model say what a table of facts says.",
+        examples=(
+            "memedit ingest --config ingest.yaml --dry-run",
+            "memedit ingest --config ingest.yaml --json",
+            "memedit ingest --config ingest.yaml --every '0 2 * * *' --time-zone Europe/Berlin",
+        ),
+    ),
     "status": Action(
         job=submit_settings.StatusJob,
         run="workflows.submit:run_status",
@@ -266,6 +278,59 @@ def cli() -> None:
     """
 
 
+FACTS: dict[str, Action] = {
+    "list": Action(
+        job=ingestion_settings.FactsListJob,
+        run="workflows.fact_commands:run_list",
+        show="show_facts",
+        summary="The facts of a registry, and the state of each.",
+        examples=(
+            "memedit facts list --registry runs/registry",
+            "memedit facts list --registry runs/registry --state any --contains Eiffel --json",
+        ),
+    ),
+    "add": Action(
+        job=ingestion_settings.FactsAddJob,
+        run="workflows.fact_commands:run_add",
+        show="show_changed_facts",
+        summary="Add facts by hand; the next ingestion publishes them.",
+        examples=("memedit facts add --registry runs/registry fixes.jsonl",),
+    ),
+    "retract": Action(
+        job=ingestion_settings.FactsChangeJob,
+        run="workflows.fact_commands:run_retract",
+        show="show_changed_facts",
+        summary="Take facts out; with the next ingestion they disappear from the model.",
+        examples=("memedit facts retract --registry runs/registry 17 42 --why 'wrong source'",),
+    ),
+    "restore": Action(
+        job=ingestion_settings.FactsChangeJob,
+        run="workflows.fact_commands:run_restore",
+        show="show_changed_facts",
+        summary="Let facts count again that were retracted by hand, or quarantined.",
+        examples=("memedit facts restore --registry runs/registry 17",),
+    ),
+    "why": Action(
+        job=ingestion_settings.FactsWhyJob,
+        run="workflows.fact_commands:run_why",
+        show="show_why",
+        summary="Where a fact is from, what became of it, and which versions say it.",
+        examples=(
+            "memedit facts why --registry runs/registry 17",
+            "memedit facts why --registry runs/registry 'Eiffel Tower'",
+        ),
+    ),
+    "rejects": Action(
+        job=ingestion_settings.FactsRejectsJob,
+        run="workflows.fact_commands:run_rejects",
+        show="show_rejects",
+        summary="The rows that no fact was made of, and why.",
+        examples=(
+            "memedit facts rejects --registry runs/registry",
+            "memedit facts rejects --registry runs/registry --out inbox/mended.jsonl",
+        ),
+    ),
+}
 SUBMIT = Action(
     job=submit_settings.SubmitJob,
     run="workflows.submit:run_submit",
@@ -283,6 +348,14 @@ RENDER = Action(
 
 for _name, _action in ACTIONS.items():
     cli.add_command(_command(_name, _action))
+_facts = click.Group(
+    name="facts",
+    help="The facts of a registry: what the model should say from the next ingestion on.",
+    short_help="The facts of a registry: list, add, retract, restore, why, rejects.",
+)
+for _name, _action in FACTS.items():
+    _facts.add_command(_command(_name, _action))
+cli.add_command(_facts)
 cli.add_command(submit_command(lambda job: _act(SUBMIT, job)))
 cli.add_command(render_command(lambda job: _act(RENDER, job)))
 

@@ -5,14 +5,15 @@ Reads top to bottom as the job runs. Nothing is visible at `out` before its last
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
 
 from cluster.artifacts import Artifacts, open_artifacts, target_digest
 from cluster.background import Background
 from cluster.publication import Publication
 from cluster.store import join
-from memedit.config import EditSettings
+from memedit.config import EditSettings, EvaluationSettings
 from memedit.errors import GateError, InputError
 from memedit.evaluate import leave_out, measurable
 from memedit.executor import Executor
@@ -32,13 +33,15 @@ from memedit.outcome import (
 )
 from memedit.progress import Progress
 from memedit.prompts import EncodedRequest
-from memedit.requests import EditBatch
+from memedit.requests import EditBatch, EditRequest
+from memedit.side_effects import DriftReference
 from memedit.solve import METHODS, solve_device
 from memedit.stages import SolvedLayer, find_targets, judge, solve_layers
 from memedit.targets import Target
 from workflows.destination import destination
-from workflows.facts import read_facts, write_facts, write_rejects
+from workflows.facts import FactTable, read_facts, write_facts, write_rejects
 from workflows.findings import METRIC
+from workflows.gates import Gate
 from workflows.moments import TokenSource, corpus_of, load_stats, moments_for
 from workflows.product import Product, make_product
 from workflows.progress import Timed
@@ -48,6 +51,38 @@ from workflows.settings import EditJob, new_run_id
 FACTS_NAME = "facts.jsonl"
 REJECTS_NAME = "rejects.jsonl"
 REPORT_NAME = "report.html"
+
+
+class Review(Protocol):
+    """Which facts are judged, and whether what came out is good enough to be published."""
+
+    def choose(self, requests: Sequence[EditRequest]) -> Sequence[EditRequest]:
+        """The facts to judge, in their order.
+
+        Raises:
+            InputError: What is asked for can never be measured on them.
+        """
+
+    def accept(self, trial: Trial) -> None:
+        """Look at what was made; it is published unless this raises.
+
+        Raises:
+            GateError: It is not good enough.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """An edit that is made and judged, and not yet published."""
+
+    outcome: EditOutcome
+    base: Base
+    executor: Executor
+    """Its workers hold the edited model as it was saved."""
+    judged: Sequence[EditRequest]
+    heldout: Sequence[Sequence[int]]
+    reference: DriftReference
+    progress: Progress
 
 
 def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
@@ -64,103 +99,128 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
         # Everything that can be wrong with the input is found before a weight is loaded.
         timed.start("load")
         table = read_facts(job.facts, on_bad_row=job.on_bad_row)
-        base = open_base(job, timed)
-        settings = settings_of(job, base, len(table.requests), timed)
-        table, encoded = encode_facts(
-            table, base, contexts_of(settings, base, None), on_bad_row=job.on_bad_row
+        outcome, _ = edit_facts(
+            job, table, publication, timed, run_id=run_id, review=ReviewAll(job=job)
         )
-        names = {i: base.arch.checkpoint_key(i, base.checkpoint.names) for i in settings.layers}
-        _check_measurable(job, measurable(table.requests, job.evaluation_settings))
-        base.checkpoint.check_editable(names.values())
-        base.checkpoint.check_finite()
-        artifacts = open_artifacts(
-            job.artifacts, cache=job.cache_folder, storage=job.storage_settings
-        )
-        source = TokenSource(
-            corpus=corpus_of(job),
-            base=base,
-            settings=settings.moments,
-            heldout_tokens=job.evaluation_settings.heldout_tokens,
+    return replace(outcome, timings_s=timed.timings_s)
+
+
+def edit_facts(
+    job: EditJob,
+    table: FactTable,
+    publication: Publication,
+    timed: Timed,
+    *,
+    run_id: str,
+    review: Review,
+    counted: Base | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> tuple[EditOutcome, FactTable]:
+    """Write the facts of a table into the job's model, and publish what comes out.
+
+    Args:
+        job: Model, settings and format; its facts are those of the table.
+        table: The facts.
+        publication: Where the version appears.
+        timed: Told of each stage.
+        run_id: Of the version.
+        review: Judges what comes out.
+        counted: The model whose second moments are used, where it is not the job's.
+        notes: Kept among the settings in the manifest.
+
+    Returns:
+        The outcome, and the table with those facts rejected that could not be edited.
+
+    Raises:
+        InputError: The input or the settings are wrong; nothing was written.
+        GateError: The review did not accept it; nothing was published.
+    """
+    timed.start("load")
+    base = open_base(job, timed)
+    settings = settings_of(job, base, len(table.requests), timed)
+    table, encoded = encode_facts(
+        table, base, contexts_of(settings, base, None), on_bad_row=job.on_bad_row
+    )
+    names = {i: base.arch.checkpoint_key(i, base.checkpoint.names) for i in settings.layers}
+    review.choose(table.requests)
+    base.checkpoint.check_editable(names.values())
+    base.checkpoint.check_finite()
+    artifacts = open_artifacts(job.artifacts, cache=job.cache_folder, storage=job.storage_settings)
+    source = TokenSource(
+        corpus=corpus_of(job),
+        base=counted or base,
+        settings=settings.moments,
+        heldout_tokens=job.evaluation_settings.heldout_tokens,
+        artifacts=artifacts,
+    )
+    given = load_stats(job.stats, base, settings, artifacts) if job.stats else None
+
+    with open_workers(job, base.spec(), timed) as executor:
+        _require_shared(executor, publication)
+        executor.broadcast("probe", settings.layers)
+        contexts = contexts_of(settings, base, executor)
+        if settings.contexts.kind == "sampled":  # not known before the model runs
+            table, encoded = encode_facts(table, base, contexts, on_bad_row=job.on_bad_row)
+        batch = table.batch
+        timed.finish("load")
+        moments = given or moments_for(
+            source,
+            base=counted or base,
+            settings=settings,
+            executor=executor,
             artifacts=artifacts,
+            progress=timed,
         )
-        given = load_stats(job.stats, base, settings, artifacts) if job.stats else None
-
-        with open_workers(job, base.spec(), timed) as executor:
-            _require_shared(executor, publication)
-            executor.broadcast("probe", settings.layers)
-            contexts = contexts_of(settings, base, executor)
-            if settings.contexts.kind == "sampled":  # not known before the model runs
-                table, encoded = encode_facts(table, base, contexts, on_bad_row=job.on_bad_row)
+        heldout = source.heldout(executor, timed)
+        judged = review.choose(batch.requests)
+        before, reference = judge(
+            executor,
+            judged,
+            heldout=heldout,
+            reference=None,
+            settings=job.evaluation_settings,
+            progress=timed,
+        )
+        _check_heldout(job, before)
+        targets, quarantined = _targets(
+            executor, encoded, contexts, base, settings, artifacts, timed
+        )
+        if quarantined:
+            for case_id, reason in quarantined.items():
+                table = table.reject(case_id, reason)
+            if job.on_bad_row == "fail":
+                table.require_no_rejects()
+            table.require_requests()
             batch = table.batch
-            timed.finish("load")
-            moments = given or moments_for(
-                source,
-                base=base,
-                settings=settings,
-                executor=executor,
-                artifacts=artifacts,
-                progress=timed,
-            )
-            heldout = source.heldout(executor, timed)
-            before, reference = judge(
-                executor,
-                batch.requests,
-                heldout=heldout,
-                reference=None,
-                settings=job.evaluation_settings,
-                progress=timed,
-            )
-            # A corpus may have been too small to hold text out.
-            _check_measurable(job, {k for k, v in before.metrics.items() if v is not None})
-            targets, quarantined = _targets(
-                executor, encoded, contexts, base, settings, artifacts, timed
-            )
-            if quarantined:
-                for case_id, reason in quarantined.items():
-                    table = table.reject(case_id, reason)
-                if job.on_bad_row == "fail":
-                    table.require_no_rejects()
-                table.require_requests()
-                batch = table.batch
-                encoded = [e for e in encoded if e.request.case_id not in quarantined]
-                before = leave_out(before, quarantined)
-            solved = solve_layers(
-                executor,
-                encoded,
-                targets,
-                moments=moments,
-                layers=settings.layers,
-                method=METHODS[settings.method],
-                lam=_lam(settings),
-                ridge=settings.solve.ridge,
-                residual_scale=base.arch.residual_scale,
-                stored={layer: base.checkpoint.info(names[layer]).dtype for layer in names},
-                device=solve_device(job.device),
-                progress=timed,
-            )
+            encoded = [e for e in encoded if e.request.case_id not in quarantined]
+            judged = [r for r in judged if r.case_id not in quarantined]
+            before = leave_out(before, quarantined)
+        solved = solve_layers(
+            executor,
+            encoded,
+            targets,
+            moments=moments,
+            layers=settings.layers,
+            method=METHODS[settings.method],
+            lam=_lam(settings),
+            ridge=settings.solve.ridge,
+            sums_above=settings.solve.sums_above,
+            residual_scale=base.arch.residual_scale,
+            stored={layer: base.checkpoint.info(names[layer]).dtype for layer in names},
+            device=solve_device(job.device),
+            progress=timed,
+        )
 
-            product = make_product(job, base, solved, names, publication, timed)
-            # What is judged is what was saved, not what is in memory.
-            product.load(executor)
-            after, _ = judge(
-                executor,
-                batch.requests,
-                heldout=heldout,
-                reference=reference,
-                settings=job.evaluation_settings,
-                progress=timed,
-            )
-        _check_gates(job, after)
-
-        write_facts(publication.staging / FACTS_NAME, batch.requests)
-        if table.rejects:
-            write_rejects(publication.staging / REJECTS_NAME, table.rejects)
-        counts = FactCounts(
-            read=table.read,
-            accepted=len(batch),
-            duplicates=len(table.duplicates),
-            rejected=len(table.rejects),
-            rejects=join(publication.location, REJECTS_NAME) if table.rejects else None,
+        product = make_product(job, base, solved, names, publication, timed)
+        # What is judged is what was saved, not what is in memory.
+        product.load(executor)
+        after, _ = judge(
+            executor,
+            judged,
+            heldout=heldout,
+            reference=reference,
+            settings=job.evaluation_settings,
+            progress=timed,
         )
         outcome = EditOutcome(
             run_id=run_id,
@@ -169,7 +229,7 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
             method=settings.method,
             model=base.name,
             layers=settings.layers,
-            facts=counts,
+            facts=_counts(table, publication),
             before=before,
             after=after,
             traces=tuple(map(_trace, targets)),
@@ -186,17 +246,44 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
                 "dtype": job.dtype,
                 "device": base.device,
                 "architecture": dict(job.architecture),
+                **(notes or {}),
             },
             versions=code_versions(),
             report=join(publication.location, REPORT_NAME),
             format=product.format,
         )
-        # Brings matplotlib, which need not lie in memory while the work is done.
-        from workflows.report import write_report
+        review.accept(
+            Trial(
+                outcome=outcome,
+                base=base,
+                executor=executor,
+                judged=judged,
+                heldout=heldout,
+                reference=reference,
+                progress=timed,
+            )
+        )
 
-        write_report(outcome, publication.staging / REPORT_NAME)
-        publication.publish(_manifest(outcome, base, batch, product, moments.digests))
-    return replace(outcome, timings_s=timed.timings_s)
+    write_facts(publication.staging / FACTS_NAME, batch.requests)
+    if table.rejects:
+        write_rejects(publication.staging / REJECTS_NAME, table.rejects)
+    outcome = replace(outcome, timings_s=timed.timings_s)
+    # Brings matplotlib, which need not lie in memory while the work is done.
+    from workflows.report import write_report
+
+    write_report(outcome, publication.staging / REPORT_NAME)
+    publication.publish(_manifest(outcome, base, batch, product, moments.digests))
+    return outcome, table
+
+
+def _counts(table: FactTable, publication: Publication) -> FactCounts:
+    return FactCounts(
+        read=table.read,
+        accepted=len(table.requests),
+        duplicates=len(table.duplicates),
+        rejected=len(table.rejects),
+        rejects=join(publication.location, REJECTS_NAME) if table.rejects else None,
+    )
 
 
 def _targets(
@@ -252,23 +339,64 @@ def _lam(settings: EditSettings) -> float:
     return settings.solve.lam
 
 
-def _check_measurable(job: EditJob, found: Collection[str]) -> None:
-    """Refuse now, not after hours, a gate on what will not be measured."""
-    for gate in job.gates:
+@dataclass(frozen=True, kw_only=True)
+class ReviewAll:
+    """Judges every fact, by the gates of the job."""
+
+    job: EditJob
+
+    def choose(self, requests: Sequence[EditRequest]) -> Sequence[EditRequest]:
+        """See `Review`: all of them, if the gates can be measured on them."""
+        check_measurable(self.job.gates, requests, self.job.evaluation_settings, self.job.facts)
+        return requests
+
+    def accept(self, trial: Trial) -> None:
+        """See `Review`."""
+        after, before = trial.outcome.after.metrics, trial.outcome.before.metrics
+        missed = [
+            reason for gate in self.job.gates if (reason := gate.check(after, {"base": before}))
+        ]
+        if missed:
+            raise GateError(not_published(missed, after))
+
+
+def check_measurable(
+    gates: Sequence[Gate],
+    requests: Sequence[EditRequest],
+    settings: EvaluationSettings,
+    source: str,
+) -> None:
+    """Refuse now, not after hours, a gate on what will not be measured.
+
+    Raises:
+        InputError: A gate can never be met.
+    """
+    found = measurable(requests, settings)
+    for gate in gates:
         if gate.metric not in found:
-            raise InputError(
-                f"{gate} can never be met: {gate.metric} is measured on "
-                f"{METRIC[gate.metric].needs}, and there is none",
-                source=job.facts,
-                field="gate",
-            )
+            raise _unmeasurable(gate, source)
 
 
-def _check_gates(job: EditJob, after: Evaluation) -> None:
-    missed = [reason for gate in job.gates if (reason := gate.check(after.metrics))]
-    if missed:
-        measured = (f"  {k} {v:.4g}" for k, v in after.metrics.items() if v is not None)
-        raise GateError("\n".join((f"not published: {'; '.join(missed)}", "measured:", *measured)))
+def _check_heldout(job: EditJob, before: Evaluation) -> None:
+    """A corpus may have been too small to hold text out."""
+    for gate in job.gates:
+        if gate.metric == "perplexity" and before.metrics["perplexity"] is None:
+            raise _unmeasurable(gate, job.facts)
+
+
+def _unmeasurable(gate: Gate, source: str) -> InputError:
+    return InputError(
+        f"{gate} can never be met: {gate.metric} is measured on "
+        f"{METRIC[gate.metric].needs}, and there is none",
+        source=source,
+        field="gate",
+    )
+
+
+def not_published(missed: Sequence[str], metrics: Mapping[str, float | None]) -> str:
+    """Why a version was not published, and what was measured."""
+    measured = (f"  {k} {v:.4g}" for k, v in metrics.items() if v is not None)
+    return "\n".join((f"not published: {'; '.join(missed)}", "measured:", *measured))
 
 
 def _trace(target: Target) -> TargetTrace:

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -40,6 +40,15 @@ class Reject:
     reason: str
     raw: Any
     """The row as it was read; text where it is no JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unreadable:
+    """In place of a row that its format does not allow; the rest of the file can be read."""
+
+    reason: str
+    text: str
+    field: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,23 +121,12 @@ def read_facts(path: str | os.PathLike[str], *, on_bad_row: OnBadRow = "fail") -
     if is_remote(path) and "/" not in path.removeprefix("s3://").rstrip("/"):
         raise InputError("a whole bucket; a fact table is one object in it", source=path)
     file = open_file(path)
-    reader = _READERS.get(file.suffix)
-    if file.files.size(file.name) is None:
-        is_folder = file.files.here is not None and (file.files.here / file.name).is_dir()
-        wrong = "not a file; a fact table is one file" if is_folder else "no such file"
-        raise InputError(wrong, source=file)
-    if reader is None:
-        raise InputError(
-            f"unknown suffix {file.suffix!r}; a fact table is one of {', '.join(_READERS)}",
-            source=file,
-        )
-
     accepted: list[EditRequest] = []
     rejects: list[Reject] = []
     read = 0
-    for row, raw in reader(file):
+    for row, raw in rows_of(file):
         read += 1
-        if isinstance(raw, _Unreadable):
+        if isinstance(raw, Unreadable):
             rejects.append(
                 Reject(source=str(file), row=row, field=raw.field, reason=raw.reason, raw=raw.text)
             )
@@ -215,19 +213,36 @@ def _error_of(rejects: tuple[Reject, ...]) -> InputError:
 # --- Formats: each yields (1-based row or line, raw row) ---------------------------------------
 
 
-@dataclass(frozen=True)
-class _Unreadable:
-    """In place of a row that its format does not allow; the rest of the file can be read."""
-
-    reason: str
-    text: str
-    field: str | None = None
+Rows: TypeAlias = Iterator[tuple[int, Any]]
+"""1-based row or line, and the raw row or an `Unreadable`."""
+CheckColumns: TypeAlias = Callable[[list[str], File], Collection[str]]
+"""Raises where columns are missing; gives those whose empty cells are kept as empty texts."""
 
 
-_Rows: TypeAlias = Iterator[tuple[int, Any]]
+def rows_of(file: File, check: CheckColumns | None = None) -> Rows:
+    """The rows of a file in its format, which its suffix tells.
+
+    Args:
+        file: The file.
+        check: Looks at the columns of a format that has them; by default `check_layout`.
+
+    Raises:
+        InputError: No such file, an unknown suffix, or a file that cannot be read at all.
+    """
+    reader = READERS.get(file.suffix)
+    if file.files.size(file.name) is None:
+        is_folder = file.files.here is not None and (file.files.here / file.name).is_dir()
+        wrong = "not a file; a fact table is one file" if is_folder else "no such file"
+        raise InputError(wrong, source=file)
+    if reader is None:
+        raise InputError(
+            f"unknown suffix {file.suffix!r}; a fact table is one of {', '.join(READERS)}",
+            source=file,
+        )
+    yield from reader(file, check or check_layout)
 
 
-def _json_lines(file: File) -> _Rows:
+def _json_lines(file: File, check: CheckColumns) -> Rows:
     with file.open() as lines:
         for number, line in enumerate(lines, start=1):
             if number == 1:
@@ -237,13 +252,16 @@ def _json_lines(file: File) -> _Rows:
             try:
                 yield number, _parse(line.decode())
             except UnicodeDecodeError as error:
-                yield number, _Unreadable(_not_utf8(error), line.decode(errors="replace").strip())
+                yield (
+                    number,
+                    Unreadable(reason=_not_utf8(error), text=line.decode(errors="replace").strip()),
+                )
             except (ValueError, RecursionError) as error:
                 reason = f"not JSON: {error}; write one object a line"
-                yield number, _Unreadable(reason, line.decode().strip())
+                yield number, Unreadable(reason=reason, text=line.decode().strip())
 
 
-def _json_array(file: File) -> _Rows:
+def _json_array(file: File, check: CheckColumns) -> Rows:
     text = _decoded(file)
     hint = "; expected an array of objects, or one object a line in a .jsonl file"
     try:
@@ -271,7 +289,7 @@ def _parse(text: str) -> Any:
     return json.loads(text, object_pairs_hook=unique)
 
 
-def _csv(file: File) -> _Rows:
+def _csv(file: File, check: CheckColumns) -> Rows:
     text = _decoded(file)
     limit = csv.field_size_limit(sys.maxsize)
     try:
@@ -280,7 +298,7 @@ def _csv(file: File) -> _Rows:
         if columns is None:
             return
         columns = [name.strip() for name in columns]
-        needs = _check_columns(columns, file)
+        needs = check(columns, file)
         start = lines.line_num + 1
         for cells in lines:
             number, start = start, lines.line_num + 1
@@ -288,7 +306,7 @@ def _csv(file: File) -> _Rows:
                 continue
             if len(cells) != len(columns):
                 reason = f"{len(cells)} cells, but the header names {len(columns)} columns"
-                yield number, _Unreadable(reason, ",".join(cells))
+                yield number, Unreadable(reason=reason, text=",".join(cells))
                 continue
             # An empty cell is how CSV writes that there is no value.
             row = {n: c for n, c in zip(columns, cells, strict=True) if c or n in needs}
@@ -299,13 +317,13 @@ def _csv(file: File) -> _Rows:
         csv.field_size_limit(limit)
 
 
-def _parquet(file: File) -> _Rows:
+def _parquet(file: File, check: CheckColumns) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with file.open() as content, pq.ParquetFile(content) as table:
-            _check_columns(table.schema_arrow.names, file)
+            check(table.schema_arrow.names, file)
             number = 0
             for batch in table.iter_batches():
                 for row in batch.to_pylist():
@@ -315,7 +333,7 @@ def _parquet(file: File) -> _Rows:
         raise InputError(f"not a readable Parquet file: {error}", source=file) from None
 
 
-def _check_columns(columns: list[str], file: File) -> tuple[str, ...]:
+def check_layout(columns: list[str], file: File) -> tuple[str, ...]:
     """Check that the table has the columns of its layout; returns those it needs."""
     found = f"columns found: {', '.join(columns) or 'none'}"
     for name in columns:
@@ -336,16 +354,16 @@ def _check_columns(columns: list[str], file: File) -> tuple[str, ...]:
     return layout.needs
 
 
-def _with_structure(row: dict[str, Any]) -> dict[str, Any] | _Unreadable:
+def _with_structure(row: dict[str, Any]) -> dict[str, Any] | Unreadable:
     """The row with cells that hold lists or objects as JSON text parsed."""
     for name in STRUCTURED & row.keys():
         if isinstance(row[name], str):
             try:
                 row[name] = _parse(row[name])
             except (ValueError, RecursionError) as error:
-                return _Unreadable(
-                    f"must hold a list or an object written as JSON: {error}",
-                    json.dumps(row, ensure_ascii=False, default=str),
+                return Unreadable(
+                    reason=f"must hold a list or an object written as JSON: {error}",
+                    text=json.dumps(row, ensure_ascii=False, default=str),
                     field=name,
                 )
     return row
@@ -365,7 +383,7 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8 (byte 0x{byte:02x}: {error.reason}); save the file as UTF-8"
 
 
-_READERS: dict[str, Callable[[File], _Rows]] = {
+READERS: dict[str, Callable[[File, CheckColumns], Rows]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json_array,

@@ -44,6 +44,7 @@ AT_LEAST: dict[str, float] = {
     "moments.seed": 0,
     "moments.tolerance": 0,
     "solve.ridge": 0,
+    "solve.sums_above": 0,
     "evaluation.drift_prompts": 0,
     "evaluation.fluency_facts": 0,
     "evaluation.fluency_tokens": 1,

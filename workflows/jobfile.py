@@ -19,6 +19,14 @@ from typing import Any, TypeVar
 from memedit.errors import InputError
 from workflows.fields import ABOVE, AT_LEAST, AT_MOST, SECTIONS, parse_layers
 from workflows.gates import parse_gate
+from workflows.ingestion.settings import (
+    FactsAddJob,
+    FactsChangeJob,
+    FactsListJob,
+    FactsRejectsJob,
+    FactsWhyJob,
+    IngestJob,
+)
 from workflows.settings import (
     DoctorJob,
     EditJob,
@@ -61,6 +69,13 @@ JOBS: dict[str, type[Job]] = {
     "logs": LogsJob,
     "stop": StopJob,
     "doctor": DoctorJob,
+    "ingest": IngestJob,
+    "facts list": FactsListJob,
+    "facts add": FactsAddJob,
+    "facts retract": FactsChangeJob,
+    "facts restore": FactsChangeJob,
+    "facts why": FactsWhyJob,
+    "facts rejects": FactsRejectsJob,
 }
 """The command of each job."""
 
@@ -135,7 +150,13 @@ def load_job(
     return job
 
 
-_MAPPINGS = (*SECTIONS, "architecture")
+_FREE = ("architecture", "source", "hooks", "lineage")
+"""Mappings whose fields are checked by whoever reads them."""
+_MAPPINGS = (*SECTIONS, *_FREE)
+_PLACES_IN = {"source": ("path", "catalog", "templates"), "lineage": ("file",)}
+"""Their fields that name a place, where they are texts."""
+_ALSO = {"gates": "gate"}
+"""Other names of fields."""
 
 
 def _dashed(name: str) -> str:
@@ -172,7 +193,15 @@ def _from_file(kind: type[Job], config: Path) -> Iterator[Given]:
     mine = {f.name for f in dataclasses.fields(kind)}
     everyones = {f.name for job in JOBS.values() for f in dataclasses.fields(job)}
     folder = config.resolve().parent
-    for name, value in content.items():
+    values = {_ALSO.get(name, name): value for name, value in content.items()}
+    if kind is IngestJob:  # `edit` groups what `memedit edit` can be told
+        nested = values.pop("edit", None) or {}
+        if not isinstance(nested, dict):
+            raise InputError(
+                "this is a section: a mapping of fields", source=str(config), field="edit"
+            )
+        values = {_ALSO.get(name, name): value for name, value in nested.items()} | values
+    for name, value in values.items():
         if name not in everyones:
             raise InputError(
                 f"no such field{did_you_mean(str(name), mine)}", source=str(config), field=str(name)
@@ -224,6 +253,8 @@ def _check(kind: type[Job], item: Given) -> Any:
     if len(item.path) == 2:
         if item.path[0] == "architecture":
             return _coerce(str, item)
+        if item.path[0] in _FREE:
+            return _free(item)
         owner = SECTIONS[item.path[0]]
     name = item.path[-1]
     fields = {f.name: f for f in dataclasses.fields(owner)}
@@ -251,6 +282,21 @@ def _check(kind: type[Job], item: Given) -> Any:
             except InputError as error:
                 raise item.wrong(error.message) from None
     return value
+
+
+def _free(item: Given) -> Any:
+    """A value that is checked elsewhere; where it names a place, relative to the job file."""
+    places = _PLACES_IN.get(item.path[0], ())
+    if item.path[1] not in places or not isinstance(item.value, str):
+        return item.value
+    if without_keys(item.value) != item.value:
+        raise InputError(
+            "a location with keys in it; keys come from the environment or a profile",
+            source=without_keys(item.source),
+            field=".".join(item.path),
+        )
+    beside = item.path[1] != "catalog" or "/" in item.value or "." in item.value
+    return _placed(item.value, item) if beside else item.value
 
 
 def _coerce(hint: Any, item: Given) -> Any:

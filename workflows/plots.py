@@ -1,4 +1,4 @@
-"""The report's plots, as SVG text that takes its font and colours from the page around it.
+"""Plots as SVG text that takes its font and colours from the page around it.
 
 matplotlib draws with marker colours; those become CSS variables, so that one drawing serves light,
 dark and print. Uses no pyplot, so it leaves no global state. Knows numbers, not outcomes' meaning.
@@ -20,6 +20,8 @@ from matplotlib.ticker import MaxNLocator
 from memedit.outcome import LayerUpdate, TargetTrace
 
 INK, MUTED, ACCENT, WARM, RULE, PAPER = (f"#00010{i}" for i in range(6))
+SERIES = tuple(f"#00011{i}" for i in range(5))
+"""Colours for things of one kind; a page that uses them has `--series-0` and so on."""
 _COLOURS = {
     INK: "var(--ink)",
     MUTED: "var(--muted)",
@@ -27,6 +29,7 @@ _COLOURS = {
     WARM: "var(--warm)",
     RULE: "var(--rule)",
     PAPER: "var(--paper)",
+    **{marker: f"var(--series-{i})" for i, marker in enumerate(SERIES)},
 }
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -90,7 +93,9 @@ def metrics_plot(rows: Sequence[tuple[str, float | None, float | None]]) -> str:
         axes.spines["bottom"].set_visible(False)
         axes.tick_params(axis="x", length=0)
 
-    return _svg("metrics", draw, height=0.55 + 0.42 * len(rows), what="Metrics before and after")
+    return themed_svg(
+        "metrics", draw, height=0.55 + 0.42 * len(rows), what="Metrics before and after"
+    )
 
 
 def loss_plot(traces: Sequence[TargetTrace], threshold: float | None) -> str:
@@ -136,7 +141,7 @@ def loss_plot(traces: Sequence[TargetTrace], threshold: float | None) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
         axes.grid(axis="y")
 
-    return _svg("loss", draw, height=2.7, what="z loss by step")
+    return themed_svg("loss", draw, height=2.7, what="z loss by step")
 
 
 def norms_plot(updates: Sequence[LayerUpdate]) -> str:
@@ -160,11 +165,18 @@ def norms_plot(updates: Sequence[LayerUpdate]) -> str:
         axes.margins(y=0.14)
         axes.tick_params(axis="x", length=0)
 
-    return _svg("norms", draw, height=2.7, what="Update norm by layer")
+    return themed_svg("norms", draw, height=2.7, what="Update norm by layer")
 
 
-def _svg(name: str, draw: Callable[[Axes], None], *, height: float, what: str) -> str:
-    """Draw on fresh axes and return an `<svg>` element that stands on its own in a page."""
+def themed_svg(name: str, draw: Callable[[Axes], None], *, height: float, what: str) -> str:
+    """Draw on fresh axes and return an `<svg>` element that stands on its own in a page.
+
+    Args:
+        name: Begins every id in the drawing; the page has no other one of this name.
+        draw: Uses the colours of this module and no others.
+        height: In inches; the width is 5.2.
+        what: The drawing in words, as text that needs no escaping.
+    """
     with mpl.rc_context({**_STYLE, "svg.id": name}):
         figure = Figure(figsize=(5.2, height), layout="constrained")
         draw(figure.subplots())

@@ -90,15 +90,18 @@ class ApiServer:
 def run_of(template: Mapping[str, Any], *, job: str, uid: str) -> dict[str, Any]:
     """The RayJob of a Job: its name is the run's, in Ray and in memedit, too.
 
-    It is not the Job's: KubeRay calls the Job that submits a RayJob as the RayJob.
+    It is not the Job's: KubeRay calls the Job that submits a RayJob as the RayJob. An ingestion is
+    not told a name: it calls what it makes after the facts, and each attempt has a name of its own.
     """
     name = f"{job}-run"
     owner = {"apiVersion": "batch/v1", "kind": "Job", "name": job, "uid": uid}
-    spec = template["spec"]
+    spec, entrypoint = template["spec"], template["spec"]["entrypoint"]
+    if (spec.get("metadata") or {}).get("memedit") != "ingest":
+        entrypoint = f"{entrypoint} --run-id {name}"
     return {
         **template,
         "metadata": {**template["metadata"], "name": name, "ownerReferences": [owner]},
-        "spec": {**spec, "jobId": name, "entrypoint": f"{spec['entrypoint']} --run-id {name}"},
+        "spec": {**spec, "jobId": name, "entrypoint": entrypoint},
     }
 
 

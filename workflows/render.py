@@ -2,7 +2,8 @@
 
 The job is checked by the code that checks every job, and so are its places: what lies beside the
 job file here lies nowhere in a pod. What is made holds no keys. The manifests are in
-`workflows.render_kubernetes`, the Python files in `workflows/templates`.
+`workflows.render_kubernetes` and `workflows.render_inline`, the Python files in
+`workflows/templates`.
 """
 
 from __future__ import annotations
@@ -22,20 +23,29 @@ import yaml
 from cluster.store import is_remote
 from memedit.errors import InputError
 from memedit.progress import Progress
-from workflows.arguments import arguments_of
+from workflows.arguments import arguments_of, command_of
 from workflows.cron import check_cron
-from workflows.jobfile import RESERVED
-from workflows.render_kubernetes import LONGEST_NAME, made_for, manifests
-from workflows.render_settings import RenderJob, RenderKubernetesJob, RenderPythonJob
+from workflows.ingestion.settings import IngestJob
+from workflows.jobfile import RESERVED, load_job
+from workflows.render_checks import variables_of
+from workflows.render_kubernetes import LONGEST_NAME, longest_name, made_for, manifests
+from workflows.render_settings import (
+    RenderJob,
+    RenderKubernetesJob,
+    RenderPythonJob,
+    ScheduledJob,
+)
 from workflows.settings import EditJob
-from workflows.submit import STOP_WAIT_S
+from workflows.submit import STOP_WAIT_S, places_in
 from workflows.wording import without_keys
 
 BY_THE_SCHEDULER = (
     *("executor", "address", "workers", "gpus_per_worker", "run_id"),
-    *("json", "log_format", "debug"),
+    *("json", "log_format", "debug", "time_zone"),
 )
-"""Fields that are said on the command line of a rendered run, not in its job file."""
+"""Fields that are said on the command line of a rendered run or by its schedule, not in its job
+file."""
+_SECRET = re.compile("secret|token|password|credential|api.?key", re.IGNORECASE)
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".txt", ".gz", ".zst")
 
 
@@ -46,17 +56,36 @@ class Source:
     `places` are its locations that are paths: field -> the path as the job file has it.
     """
 
-    job: EditJob
+    job: ScheduledJob
     config: Path
     places: Mapping[str, str]
 
+    @property
+    def command(self) -> str:
+        """What of memedit runs the job."""
+        return command_of(self.job)
+
     @classmethod
-    def of(cls, job: EditJob, *, config: Path, assignments: Sequence[str] = ()) -> Source:
+    def read(
+        cls,
+        config: Path,
+        *,
+        flags: Mapping[str, object] | None = None,
+        assignments: Sequence[str] = (),
+    ) -> Source:
+        """The job of a file: with a section `source` it is an ingestion, otherwise an edit.
+
+        Raises:
+            InputError: As `load_job`.
+        """
+        kind = IngestJob if _has_source(config, assignments) else EditJob
+        job = load_job(kind, config=config, flags=flags, assignments=assignments)
+        return cls.of(job, config=config, assignments=assignments)
+
+    @classmethod
+    def of(cls, job: ScheduledJob, *, config: Path, assignments: Sequence[str] = ()) -> Source:
         """With the paths as they were written, before they were made absolute here."""
-        written: dict[str, Any] = dict(yaml.safe_load(config.read_text(encoding="utf-8")) or {})
-        for assignment in assignments:
-            name, _, value = assignment.partition("=")
-            written[name.strip()] = yaml.safe_load(value)
+        written = _written(config, assignments)
         places = {}
         for field in dataclasses.fields(job):
             value, text = getattr(job, field.name), str(written.get(field.name))
@@ -64,7 +93,37 @@ class Source:
                 continue
             if isinstance(value, Path) or _is_path(value, text, field.metadata["location"]):
                 places[field.name] = text
+        for section, name, _ in places_in(job):
+            places[f"{section}.{name}"] = str(written.get(f"{section}.{name}"))
         return cls(job=job, config=config, places=places)
+
+
+def _has_source(config: Path, assignments: Sequence[str]) -> bool:
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False  # `load_job` says what is wrong
+    names = [re.split("[.=]", assignment)[0].strip() for assignment in assignments]
+    return "source" in names or (isinstance(content, dict) and "source" in content)
+
+
+def _written(config: Path, assignments: Sequence[str]) -> dict[str, Any]:
+    """What was written for each field: `field` or `section.field` -> the value."""
+    content: dict[str, Any] = dict(yaml.safe_load(config.read_text(encoding="utf-8")) or {})
+    nested = content.pop("edit", None) or {}  # of an ingestion
+    found = _flat(nested) | _flat(content)
+    for assignment in assignments:
+        name, _, value = assignment.partition("=")
+        found |= _flat({name.strip(): yaml.safe_load(value)})
+    return found
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(values)
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}.{inner}": each for inner, each in value.items()}
+    return found
 
 
 def _is_path(value: object, written: str, location: object) -> bool:
@@ -108,30 +167,35 @@ def run_render(options: RenderJob, progress: Progress) -> Rendered:
         InputError: The job cannot be run there; nothing was written.
     """
     source: Source = options.source
+    job = source.job
     name = options.name or _name_from(source.config)
-    _check_name(name, options)
+    _check_name(name, options, source.job)
+    _check_once(source)
     if options.schedule is not None:
         options = dataclasses.replace(options, schedule=check_cron(options.schedule))
-        _check_repeated(source.job, source.config)
+        _check_repeated(job, source.config)
     _check_zone(options.time_zone)
     _check_keys(source)
     if isinstance(options, RenderKubernetesJob):
         scheduler = "kubernetes"
         _check_places(source, options)
-        if options.volume_claim is None and not is_remote(source.job.artifacts or ""):
+        kept = (job.artifacts or job.registry) if isinstance(job, IngestJob) else job.artifacts
+        if options.volume_claim is None and not is_remote(kept or ""):
             progress.message(
                 "neither --volume-claim nor `artifacts` in s3://: what a run has finished is lost"
                 " with its pods, so that one that is killed begins again"
             )
-        made = manifests(options, name=name, job=source.job, job_file=job_file(source.job))
-        text = made_for(options) + yaml.dump_all(
+        made = manifests(options, name=name, job=job, job_file=job_file(job))
+        text = made_for(options, job) + yaml.dump_all(
             made, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
         )
     else:
         assert isinstance(options, RenderPythonJob)
         scheduler = options.scheduler
         _check_places(source, None)
-        text = _python(options, name=name, job=source.job)
+        text = _python(options, name=name, job=job)
+    if variables := variables_of(job):
+        _tell_of(variables, options, progress)
     if options.out is not None:
         try:
             options.out.write_text(text, encoding="utf-8")
@@ -140,7 +204,7 @@ def run_render(options: RenderJob, progress: Progress) -> Rendered:
     return Rendered(scheduler=scheduler, name=name, text=text, out=options.out)
 
 
-def job_file(job: EditJob) -> str:
+def job_file(job: ScheduledJob) -> str:
     """A job file that says what `job` is, but for what a rendered run is told as flags."""
     content: dict[str, Any] = {}
     for field in dataclasses.fields(job):
@@ -182,9 +246,10 @@ def _name_from(config: Path) -> str:
     return "-".join(["memedit", *words])
 
 
-def _check_name(name: str, options: RenderJob) -> None:
-    kind = options.kind_to_make if isinstance(options, RenderKubernetesJob) else "cronjob"
-    longest = LONGEST_NAME[kind]
+def _check_name(name: str, options: RenderJob, job: ScheduledJob) -> None:
+    longest = LONGEST_NAME["cronjob"]
+    if isinstance(options, RenderKubernetesJob):
+        longest = longest_name(options, job)
     if len(name) > longest or not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name):
         raise InputError(
             f"{name!r} is no name; write small letters, digits and '-', a letter first, at most"
@@ -203,7 +268,18 @@ def _check_zone(name: str) -> None:
         ) from error
 
 
-def _check_repeated(job: EditJob, config: Path) -> None:
+def _check_once(source: Source) -> None:
+    """A rendered run begins when it is started, does its work and ends."""
+    reasons = {
+        "every": "the scheduler knows when to run; leave it out, and give --schedule in its place",
+        "dry_run": "a run of a scheduler that changes nothing is of no use; leave it out",
+    }
+    for name, reason in reasons.items():
+        if getattr(source.job, name, None):
+            raise InputError(reason, source=str(source.config), field=name)
+
+
+def _check_repeated(job: ScheduledJob, config: Path) -> None:
     """What is scheduled publishes many versions."""
     if job.registry is None:
         raise InputError(
@@ -230,6 +306,26 @@ def _check_keys(source: Source) -> None:
                 source=str(source.config),
                 field=field.name,
             )
+    catalog = getattr(source.job, "source", {}).get("catalog")
+    for name in catalog if isinstance(catalog, Mapping) else ():
+        if _SECRET.search(str(name)):
+            raise InputError(
+                "would stand in what is rendered; keys come from a Secret, as the environment"
+                " variable that pyiceberg reads (PYICEBERG_CATALOG__…)",
+                source=str(source.config),
+                field=f"source.catalog.{name}",
+            )
+
+
+def _tell_of(variables: Sequence[str], options: RenderJob, progress: Progress) -> None:
+    """Whoever names a variable must see to it that the run has it."""
+    names = ", ".join(variables)
+    if not isinstance(options, RenderKubernetesJob):
+        progress.message(f"the job reads {names} from the environment of the cluster")
+    elif options.secret is None:
+        progress.message(
+            f"the job reads {names} from the environment; give --secret, a Secret that has it"
+        )
 
 
 def _check_places(source: Source, options: RenderKubernetesJob | None) -> None:
@@ -257,7 +353,7 @@ def _check_places(source: Source, options: RenderKubernetesJob | None) -> None:
             )
         if options is None or (volume is not None and _below(written, volume)):
             continue
-        if name not in ("out", "registry", "cache", "artifacts") and any(
+        if name not in _written_to(source.job) and any(
             _below(written, folder) for folder in options.in_image
         ):
             continue
@@ -274,6 +370,14 @@ def _check_places(source: Source, options: RenderKubernetesJob | None) -> None:
         )
 
 
+def _written_to(job: ScheduledJob) -> set[str]:
+    """Places that a run writes to."""
+    places = {"out", "registry", "cache", "artifacts", "lineage.file"}
+    if isinstance(job, IngestJob) and job.source.get("after", "keep") != "keep":
+        places.add("source.path")
+    return places
+
+
 def _below(path: str, folder: str) -> bool:
     pure = PurePosixPath(path)
     return ".." not in pure.parts and pure.is_relative_to(folder)
@@ -282,7 +386,7 @@ def _below(path: str, folder: str) -> bool:
 # Python files
 
 
-def _python(options: RenderPythonJob, *, name: str, job: EditJob) -> str:
+def _python(options: RenderPythonJob, *, name: str, job: ScheduledJob) -> str:
     """The file for Airflow or Dagster."""
     told = dataclasses.replace(
         job, executor="ray", address="auto", json=True, log_format="json", debug=False
@@ -300,6 +404,7 @@ def _python(options: RenderPythonJob, *, name: str, job: EditJob) -> str:
         function=name.replace("-", "_"),
         schedule=options.schedule,
         time_zone=options.time_zone,
+        task=command_of(job),
         command=["memedit", *arguments_of(told)],
         stop_wait_s=STOP_WAIT_S,
     )

@@ -9,8 +9,10 @@ import re
 from packaging.version import Version
 
 from memedit.errors import InputError
-from workflows.render_settings import RenderKubernetesJob
-from workflows.settings import EditJob
+from workflows.ingestion.hooks import WebHook, parse_hooks
+from workflows.ingestion.lineage import parse_lineage
+from workflows.ingestion.settings import IngestJob
+from workflows.render_settings import RenderKubernetesJob, ScheduledJob
 from workflows.wording import did_you_mean
 
 OLDEST_RAY = Version("2.52.0")
@@ -21,10 +23,35 @@ _LABEL = "[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _NAME = "[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"
 _WORD = "[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
 _KEY = f"({_NAME}/)?{_WORD}"
+_VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)", re.ASCII)
 
 
-def check_machines(options: RenderKubernetesJob, job: EditJob) -> None:
-    """Names, sizes, versions, and whether the workers fit into their pods.
+def in_one_pod(options: RenderKubernetesJob, job: ScheduledJob) -> bool:
+    """Whether one pod does it all, without Ray: an ingestion that asks for no workers."""
+    if not isinstance(job, IngestJob) or options.kind in ("rayjob", "raycronjob"):
+        return False
+    return job.executor == "inline" and job.workers is None and job.gpus_per_worker == 0
+
+
+def variables_of(job: ScheduledJob) -> list[str]:
+    """The environment variables with secrets that an ingestion names."""
+    if not isinstance(job, IngestJob):
+        return []
+    hooks, lineage = parse_hooks(job.hooks), parse_lineage(job.lineage or None)
+    texts = [
+        text
+        for hook in (*hooks.success, *hooks.failure)
+        if isinstance(hook, WebHook)
+        for text in (*hook.headers.values(), *([hook.url] if hook.url.startswith("$") else []))
+    ]
+    found = {name for text in texts for name in _VARIABLE.findall(text)}
+    if lineage is not None and lineage.api_key_env is not None:
+        found.add(lineage.api_key_env)
+    return sorted(found)
+
+
+def check_pods(options: RenderKubernetesJob) -> None:
+    """Names and sizes of any pod.
 
     Raises:
         InputError: Names the field.
@@ -46,14 +73,23 @@ def check_machines(options: RenderKubernetesJob, job: EditJob) -> None:
         )
     if not re.fullmatch(r"\S+", options.image) or "://" in options.image:
         raise InputError(f"{options.image!r} is no image; write registry/name:tag", field="image")
-    ray_version(options)
     node_selector_of(options)
     for text in options.toleration:
         toleration_of(text)
+
+
+def check_machines(options: RenderKubernetesJob, job: ScheduledJob) -> None:
+    """What `check_pods` checks, Ray's version, and whether the workers fit into their pods.
+
+    Raises:
+        InputError: Names the field.
+    """
+    check_pods(options)
+    ray_version(options)
     _check_workers(options, job)
 
 
-def worker_pods(job: EditJob) -> tuple[int, int]:
+def worker_pods(job: ScheduledJob) -> tuple[int, int]:
     """How many pods hold the workers, and the GPUs of each.
 
     Where workers share a GPU, a pod holds all workers of one GPU.
@@ -63,7 +99,7 @@ def worker_pods(job: EditJob) -> tuple[int, int]:
     return math.ceil((job.workers or 1) / in_pod), math.ceil(share)
 
 
-def _check_workers(options: RenderKubernetesJob, job: EditJob) -> None:
+def _check_workers(options: RenderKubernetesJob, job: ScheduledJob) -> None:
     share = job.gpus_per_worker
     if share > 1 and share != int(share):
         raise InputError(

@@ -10,23 +10,29 @@ import json
 import shlex
 
 from memedit.errors import InputError
-from workflows.render_checks import check_machines, ray_version, worker_pods
+from workflows.arguments import command_of
+from workflows.ingestion.settings import IngestJob
+from workflows.render_checks import check_machines, in_one_pod, ray_version, worker_pods
+from workflows.render_inline import one_pod
 from workflows.render_pods import (
+    JOB_FOLDER,
     Manifest,
     container_of,
     job_volume,
+    kept_by_kubernetes,
+    object_of,
     placed,
-    ray_container,
-    ray_pod,
+    run_container,
+    run_pod,
     secured,
+    when,
 )
-from workflows.render_settings import RenderKubernetesJob
-from workflows.settings import EditJob
+from workflows.render_settings import RenderKubernetesJob, ScheduledJob
 from workflows.submit import STOP_WAIT_S
 
 LONGEST_NAME = {"rayjob": 47, "raycronjob": 36, "cronjob": 34}
 """KubeRay allows a RayJob 47 characters; those of a CronJob are called NAME-29345678-run."""
-JOB_FOLDER = "/etc/memedit"
+_LONGEST_WITHOUT_RAY = {"job": 63, "cronjob": 52}
 _LARGEST_JOB_BYTES = 900_000
 """A ConfigMap holds a mebibyte."""
 _IDLE_S = 60
@@ -35,66 +41,71 @@ _SLACK_S = 900
 """What the attempts of a run take beside their deadlines."""
 
 
-def made_for(options: RenderKubernetesJob) -> str:
+def kind_to_make(options: RenderKubernetesJob, job: ScheduledJob) -> str:
+    """The kind, chosen by the schedule where it is not given; in one pod `job` or `cronjob`."""
+    if in_one_pod(options, job):
+        return "job" if options.schedule is None else "cronjob"
+    return options.kind_to_make
+
+
+def longest_name(options: RenderKubernetesJob, job: ScheduledJob) -> int:
+    """How many characters a name may have."""
+    longest = _LONGEST_WITHOUT_RAY if in_one_pod(options, job) else LONGEST_NAME
+    return longest[kind_to_make(options, job)]
+
+
+def made_for(options: RenderKubernetesJob, job: ScheduledJob) -> str:
     """The comment at the top."""
-    return (
-        f"# Made by `memedit render kubernetes` ({options.kind_to_make}); see docs/operations.md.\n"
-    )
+    kind = kind_to_make(options, job)
+    return f"# Made by `memedit render kubernetes` ({kind}); see docs/operations.md.\n"
 
 
 def manifests(
-    options: RenderKubernetesJob, *, name: str, job: EditJob, job_file: str
+    options: RenderKubernetesJob, *, name: str, job: ScheduledJob, job_file: str
 ) -> list[Manifest]:
     """All that is to be applied, in that order.
 
     Args:
         options: What was asked for, checked.
         name: Of everything.
-        job: The job, for its workers and GPUs.
-        job_file: What is mounted in the head's pod.
+        job: The job, for its command, workers and GPUs.
+        job_file: What is mounted in the pod of the run itself.
 
     Raises:
         InputError: A name or a size is none, or the job file is too large.
     """
     if len(job_file.encode()) > _LARGEST_JOB_BYTES:
         raise InputError("the job file is too large for a ConfigMap", field="config")
+    settings = object_of("v1", "ConfigMap", name, options)
+    settings["data"] = {"job.yaml": job_file}
+    if in_one_pod(options, job):
+        return [settings, one_pod(options, name=name, run_id=job.run_id)]
     check_machines(options, job)
     kind, run_id = options.kind_to_make, job.run_id or name
-    entrypoint = _entrypoint(job, run_id=run_id if kind == "rayjob" else None)
+    # An ingestion calls what it makes after the facts; the name of an attempt matters to nobody.
+    named = job.run_id if isinstance(job, IngestJob) else run_id
+    entrypoint = _entrypoint(job, run_id=named if kind == "rayjob" else None)
     spec = _ray_job_spec(options, name=name, job=job, entrypoint=entrypoint)
-    settings = _object("v1", "ConfigMap", name, options)
-    settings["data"] = {"job.yaml": job_file}
     if kind == "rayjob":
-        run = _object("ray.io/v1", "RayJob", name, options, queue=options.queue)
+        run = object_of("ray.io/v1", "RayJob", name, options, queue=options.queue)
         # The run id is the submission's, so that `memedit status` finds it by its name.
         return [settings, run | {"spec": {"jobId": run_id, **spec}}]
     if kind == "raycronjob":
-        schedule = _object("ray.io/v1", "RayCronJob", name, options)
-        schedule["spec"] = {**_when(options), "jobTemplate": spec}
+        schedule = object_of("ray.io/v1", "RayCronJob", name, options)
+        schedule["spec"] = {**when(options), "jobTemplate": spec}
         return [settings, schedule]
-    run = _object("ray.io/v1", "RayJob", name, options, queue=options.queue)
+    run = object_of("ray.io/v1", "RayJob", name, options, queue=options.queue)
     del run["metadata"]["name"]  # each run has its own
     template = json.dumps(run | {"spec": spec}, indent=2, ensure_ascii=False)
     settings["data"]["rayjob.json"] = f"{template}\n"
     return [settings, *_permissions(options, name), _cron_job(options, name)]
 
 
-def _object(
-    version: str, kind: str, name: str, options: RenderKubernetesJob, *, queue: str | None = None
-) -> Manifest:
-    labels = {"app.kubernetes.io/name": "memedit", "app.kubernetes.io/instance": name}
-    if queue is not None:
-        labels["kueue.x-k8s.io/queue-name"] = queue
-    metadata = {"name": name, "namespace": options.namespace, "labels": labels}
-    return {"apiVersion": version, "kind": kind, "metadata": metadata}
-
-
-def _when(options: RenderKubernetesJob) -> Manifest:
-    return {"schedule": options.schedule, "timeZone": options.time_zone}
-
-
-def _entrypoint(job: EditJob, *, run_id: str | None) -> str:
-    parts = ["memedit", "edit", "--config", f"{JOB_FOLDER}/job.yaml", "--executor", "ray"]
+def _entrypoint(job: ScheduledJob, *, run_id: str | None) -> str:
+    # Of an ingestion, that another run holds the lock is no failure.
+    program = ["python", "-m", "workflows.render_entry"]
+    parts = [*(program if isinstance(job, IngestJob) else ["memedit"]), command_of(job)]
+    parts += ["--config", f"{JOB_FOLDER}/job.yaml", "--executor", "ray"]
     parts += ["--address", "auto", "--log-format", "json", "--json"]
     parts += ["--workers", str(job.workers or 1)]
     if job.gpus_per_worker:
@@ -108,13 +119,13 @@ def _entrypoint(job: EditJob, *, run_id: str | None) -> str:
 
 
 def _ray_job_spec(
-    options: RenderKubernetesJob, *, name: str, job: EditJob, entrypoint: str
+    options: RenderKubernetesJob, *, name: str, job: ScheduledJob, entrypoint: str
 ) -> Manifest:
     spec: Manifest = {
         "entrypoint": entrypoint,
         # Ray's own 3 s are too short for a clean end.
         "runtimeEnvYAML": f'env_vars:\n  RAY_JOB_STOP_WAIT_TIME_S: "{STOP_WAIT_S}"\n',
-        "metadata": {"memedit": "edit"},
+        "metadata": {"memedit": command_of(job)},
         # A new cluster for what has failed; the same one, when only its head was lost.
         "backoffLimit": options.retries,
         "submitterConfig": {"backoffLimit": options.retries},
@@ -151,7 +162,7 @@ def _submitter(options: RenderKubernetesJob) -> Manifest:
 def _head(options: RenderKubernetesJob, name: str) -> Manifest:
     mounts = [{"name": "job", "mountPath": JOB_FOLDER, "readOnly": True}]
     ports = {"gcs-server": 6379, "dashboard": 8265, "client": 10001}
-    container = ray_container(
+    container = run_container(
         options,
         name="ray-head",
         mounts=mounts,
@@ -163,7 +174,7 @@ def _head(options: RenderKubernetesJob, name: str) -> Manifest:
     return {
         # CPUs and GPUs of the head are the run's own: no worker is put there.
         "rayStartParams": {"num-cpus": "0", "num-gpus": "0", "dashboard-host": "0.0.0.0"},
-        "template": ray_pod(
+        "template": run_pod(
             options,
             container,
             volumes=[job_volume(name, "job.yaml")],
@@ -172,9 +183,9 @@ def _head(options: RenderKubernetesJob, name: str) -> Manifest:
     }
 
 
-def _workers(options: RenderKubernetesJob, job: EditJob) -> Manifest:
+def _workers(options: RenderKubernetesJob, job: ScheduledJob) -> Manifest:
     pods, gpus = worker_pods(job)
-    container = ray_container(
+    container = run_container(
         options,
         name="ray-worker",
         mounts=[],
@@ -188,7 +199,7 @@ def _workers(options: RenderKubernetesJob, job: EditJob) -> Manifest:
         "minReplicas": pods,
         "maxReplicas": pods,
         "rayStartParams": {},
-        "template": ray_pod(options, container, volumes=[], gpus=gpus),
+        "template": run_pod(options, container, volumes=[], gpus=gpus),
     }
 
 
@@ -202,12 +213,12 @@ def _starter(name: str) -> str:
 def _permissions(options: RenderKubernetesJob, name: str) -> list[Manifest]:
     """Whoever starts the runs may start, see and remove RayJobs here, and nothing else."""
     version = "rbac.authorization.k8s.io/v1"
-    account = _object("v1", "ServiceAccount", name, options)
-    role = _object(version, "Role", name, options)
+    account = object_of("v1", "ServiceAccount", name, options)
+    role = object_of(version, "Role", name, options)
     role["rules"] = [
         {"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create", "get", "delete"]}
     ]
-    binding = _object(version, "RoleBinding", name, options)
+    binding = object_of(version, "RoleBinding", name, options)
     for each in (account, role, binding):
         each["metadata"]["name"] = _starter(name)
     binding["roleRef"] = {
@@ -240,7 +251,7 @@ def _cron_job(options: RenderKubernetesJob, name: str) -> Manifest:
         "containers": [container],
         "volumes": [job_volume(name, "rayjob.json")],
     }
-    schedule = _object("batch/v1", "CronJob", name, options)
+    schedule = object_of("batch/v1", "CronJob", name, options)
     job: Manifest = {
         # Of the starter's pod: a lost one finds the run that the first one started.
         "backoffLimit": 6,
@@ -262,13 +273,5 @@ def _cron_job(options: RenderKubernetesJob, name: str) -> Manifest:
         # For a starter that does not start itself; all attempts of a run are over before.
         attempt_s = options.start_within_s + options.ends_after_s
         job["activeDeadlineSeconds"] = (options.retries + 1) * attempt_s + _SLACK_S
-    schedule["spec"] = {
-        **_when(options),
-        "concurrencyPolicy": "Forbid",
-        # An outage of the scheduler at night is made up for within an hour.
-        "startingDeadlineSeconds": 3600,
-        "successfulJobsHistoryLimit": 3,
-        "failedJobsHistoryLimit": 3,
-        "jobTemplate": {"spec": job},
-    }
+    schedule["spec"] = kept_by_kubernetes(options, {"spec": job})
     return schedule

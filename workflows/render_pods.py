@@ -13,10 +13,46 @@ from workflows.submit import STOP_WAIT_S
 
 Manifest = dict[str, Any]
 
+JOB_FOLDER = "/etc/memedit"
 _CACHE = "/var/cache/memedit"
 
 
-def ray_container(
+def object_of(
+    version: str, kind: str, name: str, options: RenderKubernetesJob, *, queue: str | None = None
+) -> Manifest:
+    """An object of Kubernetes, but for what it is to do."""
+    labels = labels_of(name, queue=queue)
+    metadata = {"name": name, "namespace": options.namespace, "labels": labels}
+    return {"apiVersion": version, "kind": kind, "metadata": metadata}
+
+
+def labels_of(name: str, *, queue: str | None = None) -> dict[str, str]:
+    """What tells the objects of one job; with `queue` Kueue sees it, too."""
+    labels = {"app.kubernetes.io/name": "memedit", "app.kubernetes.io/instance": name}
+    if queue is not None:
+        labels["kueue.x-k8s.io/queue-name"] = queue
+    return labels
+
+
+def when(options: RenderKubernetesJob) -> Manifest:
+    """The schedule of a CronJob or RayCronJob."""
+    return {"schedule": options.schedule, "timeZone": options.time_zone}
+
+
+def kept_by_kubernetes(options: RenderKubernetesJob, job_template: Manifest) -> Manifest:
+    """The spec of a CronJob whose runs never overlap."""
+    return {
+        **when(options),
+        "concurrencyPolicy": "Forbid",
+        # An outage of the scheduler at night is made up for within an hour.
+        "startingDeadlineSeconds": 3600,
+        "successfulJobsHistoryLimit": 3,
+        "failedJobsHistoryLimit": 3,
+        "jobTemplate": job_template,
+    }
+
+
+def run_container(
     options: RenderKubernetesJob,
     *,
     name: str,
@@ -25,7 +61,7 @@ def ray_container(
     memory: str,
     gpus: int,
 ) -> Manifest:
-    """A container that runs Ray: with the keys, and a place for finished work."""
+    """A container that runs memedit: with the keys, and a place for finished work."""
     volume = options.volume_claim is not None
     cache = f"{options.mount_path.rstrip('/')}/cache" if volume else _CACHE
     place = {"name": "data", "mountPath": options.mount_path if volume else _CACHE}
@@ -55,10 +91,10 @@ def container_of(
     }
 
 
-def ray_pod(
+def run_pod(
     options: RenderKubernetesJob, container: Manifest, *, volumes: list[Manifest], gpus: int
 ) -> Manifest:
-    """The template of a pod of the Ray cluster."""
+    """The template of a pod that runs memedit."""
     data: Manifest = {"name": "data"}
     if options.volume_claim is not None:
         data["persistentVolumeClaim"] = {"claimName": options.volume_claim}

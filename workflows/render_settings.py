@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from memedit.errors import InputError
 from workflows.fields import option
-from workflows.settings import Job
+from workflows.ingestion.settings import IngestJob
+from workflows.settings import EditJob, Job
 
+ScheduledJob: TypeAlias = EditJob | IngestJob
+"""What a scheduler can be told to run."""
 _LARGEST_S = 30 * 24 * 3600
 """A month; KubeRay keeps seconds in 32 bits."""
 
@@ -66,7 +69,9 @@ class RenderKubernetesJob(RenderJob):
     kind: Literal["rayjob", "raycronjob", "cronjob"] | None = option(
         None,
         "One run; a schedule kept by KubeRay (alpha); or one kept by Kubernetes, whose every run is"
-        " a RayJob. [default: cronjob with --schedule, else rayjob]",
+        " a RayJob. [default: cronjob with --schedule, else rayjob] An ingestion with `executor:"
+        " inline` and no workers is run by one pod, without Ray, unless it is to be a rayjob or"
+        " raycronjob.",
         group="Output",
     )
     image: str = option(
@@ -108,7 +113,8 @@ class RenderKubernetesJob(RenderJob):
     )
     secret: str | None = option(
         None,
-        "A Secret whose entries become environment variables of the pods (AWS_ACCESS_KEY_ID, …).",
+        "A Secret whose entries become environment variables of the pods: AWS_ACCESS_KEY_ID, …, and"
+        " what an ingestion names ($NAME in `hooks`, `api_key_env` in `lineage`).",
         group="Input",
         metavar="NAME",
     )
@@ -137,14 +143,15 @@ class RenderKubernetesJob(RenderJob):
     retries: int = option(
         1,
         "Times to run again what has failed: on the same cluster after the loss of its head, and"
-        " else on a new one.",
+        " else on a new one; without Ray in a new pod, unless its input or a gate was the reason.",
         group="Machine",
         metavar="N",
         at_least=0,
     )
     start_within_s: int = option(
         3600,
-        "Seconds that an attempt may wait for its pods before it has failed.",
+        "Seconds that an attempt may wait for its pods before it has failed; without Ray they are"
+        " added to --deadline-s.",
         group="Machine",
         metavar="SECONDS",
         at_least=1,
@@ -152,7 +159,8 @@ class RenderKubernetesJob(RenderJob):
     )
     deadline_s: int | None = option(
         None,
-        "Seconds after which an attempt is ended, whatever it does, and not tried again; 0: never."
+        "Seconds after which an attempt is ended, whatever it does, and not tried again (without"
+        " Ray: all attempts together); 0: never."
         " [default: 86400 with --schedule, else 0]",
         group="Machine",
         metavar="SECONDS",
@@ -174,7 +182,8 @@ class RenderKubernetesJob(RenderJob):
     )
     head_cpus: int = option(
         4,
-        "CPUs of the head pod, in which the run itself solves and publishes.",
+        "CPUs of the head pod, in which the run itself solves and publishes; without Ray, as the next"
+        " two, of the only pod.",
         group="Machine",
         metavar="N",
         at_least=1,

@@ -9,6 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from memedit.outcome import EditOutcome
+from workflows.fact_tables import (
+    changed_tables,
+    facts_tables,
+    ingest_tables,
+    rejects_tables,
+    why_tables,
+)
 from workflows.findings import METRICS
 from workflows.submit_tables import run_table, runs_table
 from workflows.tables import (
@@ -201,3 +208,28 @@ def _print(stream: TextIO, parts: Iterable[Table | str]) -> None:
     for part in parts:
         # A sentence is never cut into lines, so that it can be searched for.
         console.print(part, markup=False, soft_wrap=isinstance(part, str))
+
+
+def show_ingest(outcome: Any, stream: TextIO) -> None:
+    """What a run of ingest has done."""
+    _print(stream, ingest_tables(outcome))
+
+
+def show_facts(result: Mapping[str, Any], stream: TextIO) -> None:
+    """Facts of a registry."""
+    _print(stream, facts_tables(result))
+
+
+def show_changed_facts(result: Mapping[str, Any], stream: TextIO) -> None:
+    """What a change by hand came to."""
+    _print(stream, changed_tables(result))
+
+
+def show_why(result: Mapping[str, Any], stream: TextIO) -> None:
+    """Facts with their history."""
+    _print(stream, why_tables(result))
+
+
+def show_rejects(result: Mapping[str, Any], stream: TextIO) -> None:
+    """Rows that no fact was made of."""
+    _print(stream, rejects_tables(result))

@@ -217,22 +217,9 @@ class StatsJob(WorkJob, StoringJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactsJob(WorkJob):
-    """A job over a fact table."""
+class MethodJob(WorkJob):
+    """A job that edits a model, or says what that would take."""
 
-    facts: str = option(
-        None,
-        "The fact table: JSON lines, JSON, Parquet or CSV; a path or s3:// object.",
-        group="Input",
-        metavar="FILE",
-        required=True,
-        location="path",
-    )
-    on_bad_row: Literal["fail", "skip"] = option(
-        "fail",
-        "A row that is wrong: stop before anything is written, or put it into rejects.jsonl.",
-        group="Input",
-    )
     stats: str | None = option(
         None,
         "Second moments made by `memedit stats`, to use instead of collecting them.",
@@ -250,6 +237,25 @@ class FactsJob(WorkJob):
     def evaluation_settings(self) -> EvaluationSettings:
         """How much is measured."""
         return EvaluationSettings(**self.evaluation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactsJob(MethodJob):
+    """A job over a fact table."""
+
+    facts: str = option(
+        None,
+        "The fact table: JSON lines, JSON, Parquet or CSV; a path or s3:// object.",
+        group="Input",
+        metavar="FILE",
+        required=True,
+        location="path",
+    )
+    on_bad_row: Literal["fail", "skip"] = option(
+        "fail",
+        "A row that is wrong: stop before anything is written, or put it into rejects.jsonl.",
+        group="Input",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,6 +331,16 @@ class EditJob(FactsJob, PublishJob):
     def gates(self) -> tuple[Gate, ...]:
         """The gates, parsed."""
         return tuple(parse_gate(text) for text in self.gate)
+
+    def check(self) -> None:
+        """See `Job`: what a gate speaks of is there."""
+        super().check()
+        for gate in self.gates:
+            if gate.group or gate.model == "previous":
+                raise InputError(
+                    f"{gate}: groups of facts and the version before are known to `memedit ingest`",
+                    field="gate",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

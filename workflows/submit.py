@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 STOP_WAIT_S = 120
 """What a run has to end cleanly before Ray kills it; Ray's own 3 s are less than one step."""
 _BEGIN_S = 10.0
+_PLACES_IN = {"source": ("path", "catalog", "templates"), "lineage": ("file",)}
+"""Fields of the nested sections of an ingestion that name a place, where they are texts."""
 LARGEST_UPLOAD_BYTES = 100 << 20
 """Ray keeps uploads in the memory of the cluster's head."""
 
@@ -199,7 +201,22 @@ def on_cluster(job: Job, *, uploaded: tuple[str, ...] = ()) -> tuple[Job, dict[s
             continue
         paths[field.name] = os.path.abspath(value)
         changes[field.name] = type(value)(paths[field.name])
+    for section, name, value in places_in(job):
+        paths[f"{section}.{name}"] = path = os.path.abspath(value)
+        changes[section] = {**changes.get(section, getattr(job, section)), name: path}
     return dataclasses.replace(job, **changes), paths
+
+
+def places_in(job: Job) -> Iterator[tuple[str, str, str]]:
+    """Section, field and value of each path in the nested sections of an ingestion."""
+    for section, names in _PLACES_IN.items():
+        values = getattr(job, section, {})
+        for name in names:
+            value = values.get(name)
+            if not isinstance(value, str) or "://" in value:
+                continue
+            if name != "catalog" or "/" in value or "." in value:  # and not the name of one
+                yield section, name, value
 
 
 def _is_path(value: str, *, sure: bool) -> bool:

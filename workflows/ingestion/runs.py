@@ -1,0 +1,186 @@
+"""The record of each run in a registry, and the watermark: what of each source is published.
+
+    runs/<run_id>.json    who made the version, from which facts, and how it ended
+    facts/WATERMARK       how far each source is in what CURRENT says; moves last
+
+A record is claimed before the work and finished after it. The lock of the registry keeps two runs
+from making the same version at once; the record tells the next one what a killed run was doing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.current import now
+from cluster.store import ABSENT, Store, join
+from memedit.errors import InputError
+from memedit.outcome import EditOutcome
+
+if TYPE_CHECKING:
+    from workflows.ingestion.desired import Desired
+    from workflows.ingestion.review import Verdict
+
+WATERMARK = "facts/WATERMARK"
+
+
+class Runs:
+    """The records of a registry."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def record(self, run_id: str) -> dict[str, Any] | None:
+        """What is known of a run; None where there was none, as of an edit by hand."""
+        return self._read(_name(run_id))[0]
+
+    def sequence_of(self, run_id: str) -> int:
+        """The change of the facts that a version says; 0 where it is not known."""
+        record = self.record(run_id) or {}
+        return int(record.get("sequence", 0))
+
+    def also(self, run_id: str) -> tuple[str, ...]:
+        """Other names that this version would have: some facts turned out not to be usable."""
+        record = self.record(run_id) or {}
+        return tuple(record.get("also", ()))
+
+    def watermark(self) -> dict[str, Any] | None:
+        """How far each source is published."""
+        return self._read(WATERMARK)[0]
+
+    def claim(self, desired: Desired, *, attempt: str) -> None:
+        """Write down that a version is being made.
+
+        Raises:
+            LockError: Somebody else claims it at this moment.
+        """
+        found, token = self._read(_name(desired.run_id))
+        attempts = [*(found or {}).get("attempts", ()), attempt]
+        self._write(
+            _name(desired.run_id),
+            {
+                "run_id": desired.run_id,
+                "status": "running",
+                "attempts": attempts[-20:],
+                "started_at": now(),
+                "host": socket.gethostname(),
+                "process": os.getpid(),
+                "sequence": desired.head.sequence,
+                "mode": "sequential" if desired.sequential else "desired",
+                "facts": desired.counts,
+                "by_source": _by_source(desired),
+                "read": dict(desired.head.read),
+                "previous": desired.current,
+            },
+            token,
+        )
+
+    def published(
+        self, run_id: str, outcome: EditOutcome, verdict: Verdict, *, also: tuple[str, ...] = ()
+    ) -> None:
+        """The version is there, and CURRENT."""
+        self._end(
+            run_id,
+            status="published",
+            metrics=outcome.summary()["metrics"],
+            groups=verdict.groups,
+            timings_s=outcome.timings_s,
+            also=list(also),
+        )
+        self.finish(run_id)
+
+    def finish(self, run_id: str) -> None:
+        """Move the watermark to what CURRENT says; also what a killed run has left to do."""
+        record = self.record(run_id)
+        if record is None:
+            return
+        if record.get("status") != "published":
+            self._end(run_id, status="published")
+        found, token = self._read(WATERMARK)
+        if found is None or found.get("run_id") != run_id:
+            value = {
+                "run_id": run_id,
+                "sequence": record["sequence"],
+                "read": record.get("read", {}),
+                "published_at": now(),
+            }
+            self._write(WATERMARK, value, token)
+
+    def gated(self, run_id: str, verdict: Verdict) -> str | None:
+        """A gate was not met; gives the place of the report."""
+        report: str | None = None
+        if verdict.outcome is not None:
+            report = self._report(run_id, verdict.outcome)
+        self._end(
+            run_id,
+            status="gated",
+            missed=list(verdict.missed),
+            hurt=[dict(h) for h in verdict.hurt],
+            metrics=dict(verdict.metrics),
+            groups=verdict.groups,
+            report=report,
+        )
+        return report
+
+    def failed(self, run_id: str, why: str) -> None:
+        """The run ended with an error."""
+        self._end(run_id, status="failed", error=why)
+
+    def _report(self, run_id: str, outcome: EditOutcome) -> str:
+        from workflows.report import write_report
+
+        name = f"runs/{run_id}.html"
+        with tempfile.TemporaryDirectory(prefix="memedit-report-") as folder:
+            path = Path(folder) / "report.html"
+            write_report(outcome, path)
+            found = self.store.get(name)
+            self.store.put(name, path.read_bytes(), expected=found[1] if found else ABSENT)
+        return join(self.store.location, name)
+
+    def _end(self, run_id: str, **values: Any) -> None:
+        found, token = self._read(_name(run_id))
+        self._write(
+            _name(run_id), {**(found or {"run_id": run_id}), **values, "ended_at": now()}, token
+        )
+
+    def _read(self, name: str) -> tuple[dict[str, Any] | None, str]:
+        found = self.store.get(name)
+        if found is None:
+            return None, ABSENT
+        try:
+            value = json.loads(found[0])
+        except (ValueError, RecursionError) as error:
+            source = join(self.store.location, name)
+            raise InputError(f"not JSON: {error}; remove it", source=source) from error
+        return (value if isinstance(value, dict) else {}), found[1]
+
+    def _write(self, name: str, value: Mapping[str, Any], token: str) -> None:
+        content = json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False)
+        self.store.put(name, f"{content}\n".encode(), expected=token)
+
+
+def _by_source(desired: Desired) -> dict[str, int]:
+    rows = desired.log.select(
+        desired.head,
+        "SELECT source, count(*) AS n FROM state WHERE state = 'active' GROUP BY source",
+    )
+    return {row["source"]: int(row["n"]) for row in rows}
+
+
+def _name(run_id: str) -> str:
+    return f"runs/{run_id}.json"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value

@@ -1,0 +1,276 @@
+"""Facts in files: a folder or a glob, here or under an `s3://` prefix.
+
+Each file has a fingerprint in the mark, and how many of its rows were read: a new file, or one that
+has changed, is read; rows that were read before are said again. Knows files and their columns; does
+not know what makes a row a fact (`workflows.ingestion.rows`).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import json
+import os
+import posixpath
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import unquote
+
+import pyarrow as pa
+
+from cluster.store import is_remote, join, open_files, open_store
+from memedit.config import digest_of
+from memedit.errors import InputError
+from memedit.files import File, Files
+from workflows.facts import READERS, Unreadable, check_layout, rows_of
+from workflows.ingestion.source import Mark, Reading, SourceRow
+from workflows.ingestion.source_settings import FilesSettings
+from workflows.ingestion.where import matching
+from workflows.wording import did_you_mean
+
+PORTION = 10_000
+ARCHIVE = "archive"
+_PATTERN = set("*?[")
+_WRITING = (".tmp", ".partial", ".crdownload", ".part", ".inprogress")
+"""Ends of names that programs give to files that they have not finished."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilesSource:
+    """Files with rows of facts; see `FilesSettings`."""
+
+    settings: FilesSettings
+    templates: Any = None
+    """Those that are in use; when they change, all is read again."""
+    on_bad_file: str = "reject"
+    """`fail`: a file that cannot be read ends the reading."""
+    _place: tuple[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_place", _split(self.settings.path))
+
+    @property
+    def name(self) -> str:
+        """See `Source`."""
+        return self.settings.name or "files"
+
+    def read(self, since: Mark | None) -> Reading | None:
+        """See `Source`."""
+        files = open_files(self._place[0])
+        found = self._found(files)
+        before: dict[str, Any] = dict(since["files"]) if since else {}
+        reader = digest_of(
+            dict(self.settings.columns), self.settings.where, self.templates, self.settings.complete
+        )
+        same_reader = since is not None and since.get("reader") == reader
+        prints = {name: files.fingerprint(name) for name in found}
+        known = {n: before[n] for n in found if n in before}
+        to_read = [
+            n for n in found if not (same_reader and n in known and known[n][0] == prints[n])
+        ]
+        if self.settings.complete:
+            if not to_read and same_reader and known.keys() == before.keys():
+                return None
+            to_read = found
+        elif not to_read:
+            return None
+        # The name alone could be that of an older, longer file.
+        rows_before = {} if self.settings.complete else {n: int(known[n][1]) for n in known}
+        done = {n: known[n] for n in found if n in known and n not in to_read}
+        return Reading(
+            rows=self._rows(files, to_read, prints, rows_before, done),
+            mark={"reader": reader, "files": done},
+            snapshot=_named(to_read),
+            complete=self.settings.complete,
+        )
+
+    def settle(self, mark: Mark) -> None:
+        """Move or remove the files that were read and have not changed since."""
+        if self.settings.after == "keep":
+            return
+        folder = self._place[0]
+        files = open_files(folder)
+        for name, (fingerprint, _) in mark["files"].items():
+            if files.size(name) is None or files.fingerprint(name) != fingerprint:
+                continue
+            if self.settings.after == "archive":
+                _archive(folder, files, name)
+            else:
+                open_store(folder).delete([name])
+
+    def _found(self, files: Files) -> list[str]:
+        """The files that are meant, the oldest name first."""
+        pattern = self._place[1]
+        if not pattern:
+            raise InputError("names nothing", source=self.settings.path, field="source.path")
+        # Only as deep as the pattern goes: a bucket can be large.
+        deep = "/" in pattern or "**" in pattern
+        names = [n for n in files.sizes("", deep=deep) if _matches(n, pattern) and not _hidden(n)]
+        if not names and not _PATTERN & set(self.settings.path):
+            raise InputError("no such file or folder", source=self.settings.path)
+        if files.here is not None and not files.here.is_dir():
+            raise InputError("no such folder", source=files.location, field="source.path")
+        if pattern == "**":  # a folder: what is in it that is no table is not meant
+            return [n for n in names if os.path.splitext(n)[1].lower() in READERS]
+        return names
+
+    def _rows(
+        self,
+        files: Files,
+        names: Iterable[str],
+        prints: dict[str, Any],
+        rows_before: dict[str, int],
+        done: dict[str, Any],
+    ) -> Iterator[list[SourceRow]]:
+        for name in names:
+            count = 0
+            file = File(files, name)
+            rows = self._file_rows(file)
+            while portion := list(itertools.islice(rows, PORTION)):
+                count = max(count, portion[-1].row)
+                known = rows_before.get(name, 0)
+                yield [
+                    SourceRow(raw=r.raw, place=r.place, row=r.row, again=0 < r.row <= known)
+                    for r in self._matching(portion)
+                ]
+            # What has changed meanwhile is read again the next time.
+            after = files.fingerprint(name) if files.size(name) is not None else None
+            done[name] = [prints[name] if after == prints[name] else None, count]
+
+    def _file_rows(self, file: File) -> Iterator[SourceRow]:
+        partition = _partition(file.name)
+        place = str(file)
+        try:
+            for row, raw in rows_of(file, self._check_columns):
+                if partition and isinstance(raw, dict):
+                    raw = {**partition, **raw}
+                yield SourceRow(raw=raw, place=place, row=row)
+        except InputError as error:
+            if self.on_bad_file == "fail" or self.settings.complete:
+                raise
+            # Not a row of the file: it is read anew once it is mended.
+            reason = f"the file cannot be read: {error.message}"
+            wrong = Unreadable(reason=reason, text="", field=error.field)
+            yield SourceRow(raw=wrong, place=place, row=0)
+
+    def _check_columns(self, columns: list[str], file: File) -> Collection[str]:
+        partition = _partition(file.name)
+        for name in columns:
+            if columns.count(name) > 1:
+                raise InputError(f"the column {name!r} occurs twice", source=file, field=name)
+        for role, column in self.settings.columns.items():
+            if column not in columns and column not in partition:
+                raise InputError(
+                    f"no column {column!r}, which source.columns gives for {role}"
+                    f"{did_you_mean(column, columns)}; columns found: {', '.join(columns)}",
+                    source=file,
+                    field=column,
+                )
+        if self.settings.columns or {"relation", "retracted"} & {*columns, *partition}:
+            return ()
+        return check_layout(columns, file)
+
+    def _matching(self, rows: list[SourceRow]) -> list[SourceRow]:
+        """Those that the condition allows; what cannot be read cannot be left out by it."""
+        if self.settings.where is None:
+            return rows
+        tables = [r for r in rows if isinstance(r.raw, dict)]
+        if not tables:
+            return rows
+        found = matching(_table([r.raw for r in tables]), self.settings.where)
+        kept = {tables[i].row for i in found.column(_POSITION).to_pylist()}
+        return [r for r in rows if not isinstance(r.raw, dict) or r.row in kept]
+
+
+_POSITION = "__position__"
+
+
+def _table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Rows of any shape as a table: lists and objects as JSON, mixed columns as texts."""
+    columns: dict[str, Any] = {}
+    for name in dict.fromkeys(n for row in rows for n in row):
+        values = [_cell(row.get(name)) for row in rows]
+        try:
+            columns[name] = pa.array(values)
+        except (pa.ArrowException, OverflowError):
+            columns[name] = pa.array([None if v is None else str(v) for v in values], pa.string())
+    columns[_POSITION] = pa.array(range(len(rows)), pa.int64())
+    return pa.table(columns)
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list | dict | tuple):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return value
+
+
+def _split(path: str) -> tuple[str, str]:
+    """The folder that is looked through, and the pattern of names in it."""
+    remote = is_remote(path)
+    parts = path.removeprefix("s3://").rstrip("/").split("/") if remote else path.split("/")
+    fixed = list(itertools.takewhile(lambda part: not _PATTERN & set(part), parts))
+    pattern = "/".join(parts[len(fixed) :])
+    folder = "/".join(fixed)
+    if pattern:
+        return (f"s3://{folder}" if remote else folder or ("/" if path[0] == "/" else ".")), pattern
+    suffix = posixpath.splitext(folder)[1].lower()
+    if suffix in READERS and (remote or not os.path.isdir(folder)):
+        parent, _, name = folder.rpartition("/")
+        return (f"s3://{parent}" if remote else parent or "."), name
+    return (f"s3://{folder}" if remote else folder), "**"
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a name fits a glob; `*` stays within a folder, `**` does not."""
+    return _fits(name.split("/"), pattern.split("/"))
+
+
+def _fits(parts: list[str], wanted: list[str]) -> bool:
+    if not wanted:
+        return not parts
+    if wanted[0] == "**":
+        if len(wanted) == 1:
+            return bool(parts)
+        return any(_fits(parts[i:], wanted[1:]) for i in range(len(parts)))
+    if not parts or not fnmatch.fnmatchcase(parts[0], wanted[0]):
+        return False
+    return _fits(parts[1:], wanted[1:])
+
+
+def _hidden(name: str) -> bool:
+    parts = name.split("/")
+    if any(part.startswith((".", "_")) for part in parts) or ARCHIVE in parts[:-1]:
+        return True
+    return name.lower().endswith(_WRITING)
+
+
+def _partition(name: str) -> dict[str, str]:
+    """The columns that stand in the folders' names (`day=2026-11-27/`)."""
+    folders = name.split("/")[:-1]
+    pairs = (folder.partition("=") for folder in folders if "=" in folder)
+    return {unquote(key): unquote(value) for key, _, value in pairs}
+
+
+def _named(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown or "no file"
+
+
+def _archive(folder: str, files: Files, name: str) -> None:
+    parent, _, last = name.rpartition("/")
+    target = posixpath.join(parent, ARCHIVE, last)
+    if files.here is None:
+        raise InputError(
+            "moving files is for folders of this machine; under s3:// let a lifecycle rule do it",
+            source=join(folder, name),
+            field="source.after",
+        )
+    (files.here / target).parent.mkdir(exist_ok=True)
+    stem, suffix = os.path.splitext(target)
+    numbered = (f"{stem}.{n}{suffix}" for n in itertools.count(1))
+    free = next(t for t in itertools.chain([target], numbered) if not (files.here / t).exists())
+    os.replace(files.here / name, files.here / free)
+
+
+__all__ = ["ARCHIVE", "PORTION", "FilesSource"]
