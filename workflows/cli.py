@@ -184,6 +184,13 @@ ACTIONS: dict[str, Action] = {
             "memedit ingest --config ingest.yaml --every '0 2 * * *' --time-zone Europe/Berlin",
         ),
     ),
+    "compact": Action(
+        job=ingestion_settings.CompactJob,
+        run="workflows.compact:run_compact",
+        show="show_plan",
+        summary="Make the version in use a base of its own; its facts become part of the weights.",
+        examples=("memedit compact --registry runs/registry --out bases/2026-11",),
+    ),
     "status": Action(
         job=submit_settings.StatusJob,
         run="workflows.submit:run_status",

@@ -17,7 +17,7 @@ from typing import Any
 from cluster.artifacts import open_artifacts
 from cluster.registry import Registry
 from cluster.store import ABSENT, Guard, join
-from memedit.errors import GateError
+from memedit.errors import GateError, MemeditError
 from memedit.progress import Progress
 from workflows.destination import new_version
 from workflows.edit import edit_facts
@@ -25,6 +25,7 @@ from workflows.facts import FactTable
 from workflows.ingestion.base_version import publish_base
 from workflows.ingestion.desired import Desired, desired_state, model_of, quarantine
 from workflows.ingestion.fact_log import FactLog
+from workflows.ingestion.history_page import publish_page
 from workflows.ingestion.notice import Notice
 from workflows.ingestion.register import Registered, register
 from workflows.ingestion.review import ReviewSample
@@ -113,7 +114,9 @@ def _ingest(job: IngestJob, timed: _Counting, notice: Notice) -> IngestOutcome:
     notice.read(registered.snapshot)
     with log.store.lock() as guard:
         desired = desired_state(job, edit_job(job), log, registry, timed)
-        outcome = _reconcile(job, registry, desired, guard, timed, attempt)
+        outcome = _reconcile(job, registry, desired, guard, timed, attempt, registered)
+        if outcome.status != "unchanged" or registered.snapshot is not None:
+            _tell_history(log, registry, timed)
     return replace(
         outcome,
         facts={**outcome.facts, "rejected": registered.rejected + outcome.facts["rejected"]},
@@ -123,6 +126,14 @@ def _ingest(job: IngestJob, timed: _Counting, notice: Notice) -> IngestOutcome:
     )
 
 
+def _tell_history(log: FactLog, registry: Registry, progress: Progress) -> None:
+    """The page is for people: without it all is published just the same."""
+    try:
+        publish_page(log, registry)
+    except (MemeditError, OSError) as error:
+        progress.message(f"the history page was not written: {error}")
+
+
 def _reconcile(
     job: IngestJob,
     registry: Registry,
@@ -130,6 +141,7 @@ def _reconcile(
     guard: Guard | None,
     timed: Timed,
     attempt: str,
+    registered: Registered,
 ) -> IngestOutcome:
     """Bring CURRENT to the version that should be there."""
     runs = Runs(registry.store)
@@ -159,7 +171,7 @@ def _reconcile(
         manifest = registry.require_whole(desired.run_id).manifest
         metrics = dict(manifest.metrics) if manifest else {}
         return replace(done, status="published", version=desired.run_id, metrics=metrics)
-    runs.claim(desired, attempt=attempt)
+    runs.claim(desired, attempt=attempt, rejected=registered.rejected)
     try:
         return _make(job, registry, desired, guard, timed, runs, done)
     except Exception as error:
@@ -217,7 +229,7 @@ def _make(
     if facts.rejects:  # the version is that of the facts without them
         quarantine(desired.log, facts.rejects, run=desired.run_id, job=job)
         now = desired_state(job, edit_job(job), desired.log, registry, timed)
-        also, counts = (now.run_id,), desired.counts | {"active": now.head.active}
+        also, counts = (now.run_id,), desired.counts | {"active": now.active}
         done = replace(done, facts=counts | {"rejected": len(facts.rejects)})
     runs.published(desired.run_id, outcome, review.verdict, also=also)
     return replace(

@@ -20,6 +20,7 @@ from memedit.errors import InputError
 from workflows.fields import ABOVE, AT_LEAST, AT_MOST, SECTIONS, parse_layers
 from workflows.gates import parse_gate
 from workflows.ingestion.settings import (
+    CompactJob,
     FactsAddJob,
     FactsChangeJob,
     FactsListJob,
@@ -70,6 +71,7 @@ JOBS: dict[str, type[Job]] = {
     "stop": StopJob,
     "doctor": DoctorJob,
     "ingest": IngestJob,
+    "compact": CompactJob,
     "facts list": FactsListJob,
     "facts add": FactsAddJob,
     "facts retract": FactsChangeJob,

@@ -19,6 +19,7 @@ from cluster.versions import Version, needs_of
 from memedit.errors import InputError
 from memedit.progress import Progress
 from memedit.requests import EditBatch
+from workflows.ingestion.fact_log import FactLog
 from workflows.version_diff import (
     diff_facts,
     diff_metrics,
@@ -47,6 +48,12 @@ def run_history(job: HistoryJob, progress: Progress) -> dict[str, Any]:
     """
     registry = open_registry(job.registry)
     current, pins = registry.current(), registry.pins()
+    if job.page is not None:
+        from workflows.ingestion.history_page import page_history
+        from workflows.ingestion.page import write_page
+
+        log = FactLog(job.registry, cache=job.cache_folder)
+        write_page(page_history(log, registry), job.page)
     return {
         "registry": registry.location,
         "current": current.version if current else None,

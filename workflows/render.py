@@ -78,8 +78,9 @@ class Source:
         Raises:
             InputError: As `load_job`.
         """
-        kind = IngestJob if _has_source(config, assignments) else EditJob
-        job = load_job(kind, config=config, flags=flags, assignments=assignments)
+        ingests = _has_source(config, assignments)
+        kind: type[ScheduledJob] = IngestJob if ingests else EditJob
+        job: ScheduledJob = load_job(kind, config=config, flags=flags, assignments=assignments)
         return cls.of(job, config=config, assignments=assignments)
 
     @classmethod

@@ -182,8 +182,8 @@ class RenderKubernetesJob(RenderJob):
     )
     head_cpus: int = option(
         4,
-        "CPUs of the head pod, in which the run itself solves and publishes; without Ray, as the next"
-        " two, of the only pod.",
+        "CPUs of the head pod, in which the run itself solves and publishes; without Ray this and"
+        " the next two are of the only pod.",
         group="Machine",
         metavar="N",
         at_least=1,

@@ -132,7 +132,7 @@ def diff_settings(old: Manifest, new: Manifest) -> list[dict[str, Any]]:
 
 def _made_with(manifest: Manifest) -> dict[str, Any]:
     return {
-        **manifest.settings,
+        **{name: value for name, value in manifest.settings.items() if name != "ingest"},
         "method": manifest.method,
         "format": manifest.format,
         "layers": list(manifest.layers),

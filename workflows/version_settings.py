@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from workflows.fields import option
 from workflows.settings import Job, PublishJob, StoringJob
@@ -81,6 +82,13 @@ class RegistryJob(Job):
 @dataclass(frozen=True, kw_only=True)
 class HistoryJob(RegistryJob):
     """`memedit history`: the published versions."""
+
+    page: Path | None = option(
+        None,
+        "Also write the history as a web page that needs nothing else.",
+        group="Output",
+        metavar="FILE",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

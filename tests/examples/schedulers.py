@@ -25,6 +25,10 @@ class FailError(Exception):
         self.more = more
 
 
+class SkipError(Exception):
+    """Airflow's way to say that a task was skipped."""
+
+
 def _keeping(kept: list[tuple[str, Any, dict[str, Any]]], name: str) -> Callable[..., Any]:
     """A decorator that keeps the function and what it was declared with."""
 
@@ -62,7 +66,9 @@ def _airflow(kept: list[Any], *, version: int) -> list[types.ModuleType]:
     where = "airflow.sdk" if version == 3 else "airflow.decorators"
     return [
         _module("airflow"),
-        _module("airflow.exceptions", AirflowFailException=FailError),
+        _module(
+            "airflow.exceptions", AirflowFailException=FailError, AirflowSkipException=SkipError
+        ),
         _module("airflow.timetables.trigger", CronTriggerTimetable=CronTriggerTimetable),
         _module(where, dag=_keeping(kept, "dag"), task=task),
     ]
@@ -99,15 +105,18 @@ def _dagster(kept: list[Any]) -> list[types.ModuleType]:
 
 @contextmanager
 def imported(
-    scheduler: str, *, version: int = 3
+    scheduler: str, *, version: int = 3, of: str = "memedit"
 ) -> Iterator[tuple[types.ModuleType, list[tuple[str, Any, dict[str, Any]]]]]:
-    """The example as a module, and what it declares: kind, function, arguments."""
+    """The example as a module, and what it declares: kind, function, arguments.
+
+    `of` is the second half of its name.
+    """
     kept: list[tuple[str, Any, dict[str, Any]]] = []
     modules = _airflow(kept, version=version) if scheduler == "airflow" else _dagster(kept)
     before = {name: module for name, module in sys.modules.items() if name in dict(_names(modules))}
     sys.modules.update(_names(modules))
     try:
-        path = FOLDER / f"{scheduler}_memedit.py"
+        path = FOLDER / f"{scheduler}_{of}.py"
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)

@@ -20,11 +20,12 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.examples.schedulers import FOLDER, FailError, imported
+from tests.examples.schedulers import FOLDER, FailError, SkipError, imported
 from tests.workflows.dashboards import Dashboard, cluster, no_cluster_around
 from tests.workflows.kube_schemas import errors_of, validator_of
 from tests.workflows.runs import memedit
 from workflows.cli import cli
+from workflows.ingestion.settings import IngestJob
 from workflows.jobfile import load_job
 from workflows.settings import EditJob
 
@@ -45,7 +46,7 @@ def commands() -> list[list[str]]:
 def test_the_page_has_a_command_for_each_file() -> None:
     made = {command[command.index("--out") + 1] for command in commands()}
     there = {str(p.relative_to(ROOT)) for p in FOLDER.rglob("*") if p.suffix in (".py", ".yaml")}
-    assert made == there and len(there) == 5
+    assert made == there and len(there) == 8
 
 
 @pytest.mark.parametrize("command", commands(), ids=lambda command: command[-1])
@@ -73,8 +74,9 @@ def test_kuberay_takes_the_manifests(path: Path, shared_data: Path) -> None:
 # The Python files
 
 
-def test_both_talk_to_ray_in_the_same_words() -> None:
-    texts = [(FOLDER / f"{name}_memedit.py").read_text() for name in ("airflow", "dagster")]
+@pytest.mark.parametrize("of", ["memedit", "ingest"])
+def test_both_talk_to_ray_in_the_same_words(of: str) -> None:
+    texts = [(FOLDER / f"{name}_{of}.py").read_text() for name in ("airflow", "dagster")]
     airflow, dagster = (t[t.index("NAME = ") : t.index("    return log\n")] for t in texts)
     assert airflow == dagster and "submit_job" in airflow
 
@@ -91,6 +93,23 @@ def test_the_command_is_the_job_of_the_file(scheduler: str) -> None:
     flags = {"executor": "ray", "address": "auto", "log_format": "json", "json": True}
     config = ROOT / "examples" / "nightly.yaml"
     assert found == load_job(EditJob, config=config, flags=flags | {"run_id": RUN_ID})
+
+
+@pytest.mark.parametrize("scheduler", ["airflow", "dagster"])
+def test_the_command_is_the_ingestion_of_the_file(scheduler: str) -> None:
+    with imported(scheduler, of="ingest") as (module, _):
+        program, command, *arguments = module.COMMAND
+    assert (program, command) == ("memedit", "ingest")
+    context = cli.commands[command].make_context(command, arguments)
+    assert context.params.pop("config") is None
+    assignments = context.params.pop("assignments")
+    found = load_job(IngestJob, flags=context.params, assignments=assignments)
+    assert found == load_job(
+        IngestJob,
+        config=ROOT / "examples" / "ingest.yaml",
+        flags={"executor": "ray", "address": "auto", "log_format": "json", "json": True},
+        assignments=["registry=s3://models/capitals", "source.path=s3://facts/inbox/*.jsonl"],
+    )
 
 
 @pytest.mark.parametrize("scheduler", ["airflow", "dagster"])
@@ -195,7 +214,63 @@ def test_the_dagster_job(monkeypatch: pytest.MonkeyPatch) -> None:
             assert caught.value.more == {"allow_retries": again}
 
 
-def failing(module: Any, code: int) -> Any:
+# The same of an ingestion
+
+
+def test_an_ingestion_is_not_told_the_name_of_its_run(cluster: Dashboard) -> None:
+    details = cluster.answers["GET /api/jobs/night-1"][1]
+    details["status"] = "SUCCEEDED"
+    cluster.answers["GET /api/jobs/night-1/logs"] = (200, {"logs": "done\n"})
+    with imported("airflow", of="ingest") as (module, _):
+        module.run("night-1", address=cluster.address, poll_s=0.01)
+    ((_, sent, _),) = [r for r in cluster.requests if r[0] == "POST /api/jobs/"]
+    assert sent["submission_id"] == "night-1" and sent["metadata"] == {"memedit": "ingest"}
+    assert sent["entrypoint"].startswith("exec memedit ingest ")
+    assert "--run-id" not in sent["entrypoint"]
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_the_dag_of_an_ingestion(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with imported("airflow", version=version, of="ingest") as (module, kept):
+        (_, _, dag), (kind, ingest, task) = kept
+        assert dag["dag_id"] == "memedit-ingest" and dag["max_active_runs"] == 1
+        assert kind == "task" and task["retries"] == 2
+        fired = SimpleNamespace(logical_date=FIRED)
+        ran: list[str] = []
+        monkeypatch.setattr(module, "run", ran.append)
+        ingest(dag_run=fired)
+        assert ran == ["memedit-ingest-20261125T020000Z"]
+        codes = ((1, module.RunFailedError), (2, FailError), (3, FailError), (4, SkipError))
+        for code, error in (*codes, (None, module.RunFailedError)):
+            monkeypatch.setattr(module, "run", failing(module, code))
+            with pytest.raises(error, match="why"):
+                ingest(dag_run=fired)
+
+
+def test_the_dagster_job_of_an_ingestion(monkeypatch: pytest.MonkeyPatch) -> None:
+    with imported("dagster", of="ingest") as (module, kept):
+        declared = {kind: (function, given) for kind, function, given in kept}
+        request = declared["schedule"][0](SimpleNamespace(scheduled_execution_time=FIRED))
+        assert request.run_key == "memedit-ingest-20261125T020000Z"
+        config = module.IngestConfig(**request.run_config["ops"]["ingest"]["config"])
+        ingest = declared["op"][0]
+        told: list[Any] = []
+        context = SimpleNamespace(
+            log=SimpleNamespace(info=print, warning=told.append), add_output_metadata=told.append
+        )
+        for code, again in ((1, True), (2, False), (3, False)):
+            monkeypatch.setattr(module, "run", failing(module, code))
+            with pytest.raises(FailError, match="why") as caught:
+                ingest(context, config)
+            assert caught.value.more == {"allow_retries": again}
+        assert told == []
+        # Another run holds the lock: the op ends well, and says so.
+        monkeypatch.setattr(module, "run", failing(module, 4))
+        ingest(context, config)
+        assert told == ["skipped: why", {"skipped": "why"}]
+
+
+def failing(module: Any, code: int | None) -> Any:
     def run(run_id: str, **more: Any) -> None:
         raise module.RunFailedError("why", code)
 

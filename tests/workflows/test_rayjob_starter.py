@@ -28,6 +28,14 @@ TEMPLATE = {
 RUN = run_of(TEMPLATE, job="night-29345678", uid="u-1")
 
 
+def test_an_ingestion_is_not_told_a_name() -> None:
+    spec = {"entrypoint": "memedit ingest", "metadata": {"memedit": "ingest"}}
+    run = run_of({**TEMPLATE, "spec": spec}, job="night-29345678", uid="u-1")
+    assert run["spec"]["entrypoint"] == "memedit ingest"
+    assert run["spec"]["jobId"] == run["metadata"]["name"] == "night-29345678-run"
+    assert RUN["spec"]["entrypoint"] == "memedit edit --run-id night-29345678-run"
+
+
 class Kubernetes(ThreadingHTTPServer):
     """Keeps RayJobs; `statuses` are what KubeRay makes of one, look by look."""
 

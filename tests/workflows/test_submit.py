@@ -29,6 +29,7 @@ from tests.workflows.dashboards import (
 from tests.workflows.runs import memedit
 from workflows.arguments import arguments_of
 from workflows.cli import cli
+from workflows.ingestion.settings import IngestJob
 from workflows.jobfile import JOBS, load_job
 from workflows.settings import EditJob, EvaluateJob, GenerateJob, Job, PlanJob, StatsJob
 from workflows.submit import (
@@ -84,6 +85,32 @@ JOBS_TO_SEND: list[Job] = [
     GenerateJob(prompts=("--model", "two\nlines", "Ünï 😀", "-"), tokens=3),
     PlanJob(facts="f", matrix_gflops=12.5, stats="/s"),
     ApplyJob(delta="-d", out="/o", run_id="r"),
+    IngestJob(
+        registry="s3://b/r",
+        source={
+            "kind": "iceberg",
+            "table": "facts.all",
+            "catalog": {"type": "rest", "uri": "https://host"},
+            "where": "said = 'it''s' and \"so\"",
+            "columns": {"target_new": "answer"},
+            "templates": {"capital": ["The capital of {} is", "{}'s capital: $HOME"]},
+        },
+        hooks={
+            "success": ["echo 'published' >> $HOME/log"],
+            "failure": [
+                {"url": "$ALARM", "headers": {"Authorization": "Bearer ${TOKEN}"}, "timeout_s": 5}
+            ],
+        },
+        lineage={"url": "http://marquez:5000", "api_key_env": "MARQUEZ_KEY"},
+        gate=("score>=80", "all.efficacy>=previous-2", "perplexity<=base*1.1"),
+        priority=("erp", "wiki"),
+        conflicts="priority",
+        most_retracted=12.5,
+        executor="ray",
+        address="auto",
+        targets={"steps": 3},
+        run_id="r",
+    ),
 ]
 
 
@@ -101,7 +128,9 @@ def test_the_arguments_give_the_same_job(job: Job) -> None:
 def test_what_runs_a_model_can_be_submitted() -> None:
     group = cli.commands["submit"]
     assert isinstance(group, click.Group)
-    assert group.commands.keys() == {"edit", "stats", "evaluate", "generate", "plan", "apply"}
+    assert group.commands.keys() == {
+        *("edit", "stats", "evaluate", "generate", "plan", "apply", "ingest")
+    }
     with pytest.raises(InputError, match="verify is not run on a cluster"):
         submit(VerifyJob(version="v"), address="http://127.0.0.1:1")
 
@@ -150,6 +179,35 @@ def test_paths_are_absolute_and_names_stay(tmp_path: Path, monkeypatch: pytest.M
     assert on_cluster(EditJob(facts="f", model="some/model"))[1]["model"] == f"{here}/some/model"
 
 
+def test_paths_in_the_sections_of_an_ingestion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = {"path": "inbox/*.jsonl", "templates": "t.yaml", "name": "./inbox"}
+    job, paths = on_cluster(
+        IngestJob(registry="r", source=source, lineage={"file": "events.jsonl"}, canary="c.jsonl")
+    )
+    assert isinstance(job, IngestJob)
+    here = str(tmp_path)
+    assert paths == {
+        "registry": f"{here}/r",
+        "canary": f"{here}/c.jsonl",
+        "source.path": f"{here}/inbox/*.jsonl",
+        "source.templates": f"{here}/t.yaml",
+        "lineage.file": f"{here}/events.jsonl",
+    }
+    assert job.source == {
+        "path": paths["source.path"],
+        "templates": paths["source.templates"],
+        "name": "./inbox",
+    }
+    assert job.lineage == {"file": paths["lineage.file"]} and source["templates"] == "t.yaml"
+    for catalog, path in (("nightly", None), ("c.db", f"{here}/c.db"), ({"uri": "x"}, None)):
+        source = {"kind": "iceberg", "table": "a.b", "catalog": catalog}
+        job, paths = on_cluster(IngestJob(registry="s3://b/r", source=source))
+        assert paths == ({} if path is None else {"source.catalog": path})
+
+
 # What is sent
 
 
@@ -192,6 +250,33 @@ def test_a_job_file_is_not_needed_there(cluster: Dashboard, tmp_path: Path) -> N
     assert "--set=targets.steps=5" in words and "--set=targets.lr=0.1" in words
     assert not any(word.startswith("--config") for word in words)
     assert str(tmp_path / "f.jsonl") in ran.stderr  # where the paths are is said
+
+
+def test_an_ingestion_is_sent(cluster: Dashboard, tmp_path: Path) -> None:
+    config = tmp_path / "ingest.yaml"
+    config.write_text(
+        "registry: s3://models/m\nsource: {kind: files, path: 'inbox/*.jsonl'}\n"
+        "edit: {targets: {steps: 5}}\ngates: ['score>=80']\nrun_id: night-1\n"
+        "hooks: {success: ['echo $HOME']}\n"
+    )
+    more = ("--config", config, "--set", "source.complete=true", "--json")
+    ran = memedit("submit", "--address", cluster.address, "ingest", *more)
+    assert ran.result["paths"] == {"source.path": f"{tmp_path}/inbox/*.jsonl"}
+    ((_, sent, _),) = [r for r in cluster.requests if r[0] == "POST /api/jobs/"]
+    assert sent["metadata"]["memedit"] == "ingest"
+    start, program, command, *arguments = shlex.split(sent["entrypoint"])
+    assert (start, program, command) == ("exec", "memedit", "ingest")
+    context = cli.commands[command].make_context(command, arguments)
+    flags = {k: v for k, v in context.params.items() if k not in ("config", "assignments")}
+    found = load_job(IngestJob, flags=flags, assignments=context.params["assignments"])
+    assert found == load_job(
+        IngestJob,
+        config=config,
+        flags={"executor": "ray", "address": "auto", "json": True, "log_format": "json"},
+        assignments=["source.complete=true"],
+    )
+    ran = memedit("submit", "--upload", "--address", cluster.address, "ingest", *more)
+    assert ran.code == 2 and ran.error["field"] == "upload"
 
 
 def test_the_fact_table_can_be_sent_along(cluster: Dashboard, tmp_path: Path) -> None:

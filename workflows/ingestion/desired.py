@@ -20,6 +20,7 @@ from memedit.errors import InputError
 from memedit.progress import Progress
 from memedit.requests import EditRequest
 from workflows.facts import FactTable, Reject
+from workflows.ingestion.compacted import compacted_at
 from workflows.ingestion.fact_log import Change, Difference, FactLog, Head, request_of
 from workflows.ingestion.merge import Held, Merge
 from workflows.ingestion.rows import DIGEST
@@ -40,6 +41,8 @@ class Desired:
 
     run_id: str
     head: Head
+    active: int
+    """How many facts are to be said on top of the base."""
     log: FactLog = field(repr=False)
     base: Base = field(repr=False)
     settings: EditSettings = field(repr=False)
@@ -57,13 +60,13 @@ class Desired:
     @property
     def is_nothing(self) -> bool:
         """No fact holds, and none was ever published."""
-        return self.current is None and not self.head.active
+        return self.current is None and not self.active
 
     @property
     def counts(self) -> dict[str, int]:
         """The facts of `ingest --json`, but for those that were rejected."""
         return {
-            "active": self.head.active,
+            "active": self.active,
             "added": len(self.difference.added),
             "superseded": len(self.difference.superseded),
             "retracted": len(self.difference.retracted),
@@ -143,11 +146,14 @@ def desired_state(
     head, current = log.head(), registry.current()
     runs = Runs(log.store)
     since = runs.sequence_of(current.version) if current else 0
+    if (baked := compacted_at(log.store, base.checkpoint.digest)) is not None:
+        log = log.on_base(baked)
     difference = log.difference(head, since)
     head, refused = _quarantine_unreadable(log, head, difference, edit, base, job, progress)
     if refused:
         difference = log.difference(head, since)
-    settings = settings_of(edit, base, max(1, head.active), progress)
+    active = log.count(head)
+    settings = settings_of(edit, base, max(1, active), progress)
     sequential = job.mode == "sequential"
     run_id = _run_id(log, head, edit, base, settings, current if sequential else None)
     version = current.version if current else None
@@ -160,6 +166,7 @@ def desired_state(
     return Desired(
         run_id=run_id,
         head=head,
+        active=active,
         log=log,
         base=base,
         settings=settings,
@@ -215,7 +222,7 @@ def _quarantine_unreadable(
     table = FactTable(
         source=log.location, requests=tuple(request_of(row) for row in rows), read=len(rows)
     )
-    settings = settings_of(edit, base, max(1, head.active), progress)
+    settings = settings_of(edit, base, max(1, log.count(head)), progress)
     try:
         table, _ = encode_facts(table, base, contexts_of(settings, base, None), on_bad_row="skip")
         rejects = table.rejects

@@ -18,6 +18,7 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -99,7 +100,7 @@ class Difference:
 
     added: frozenset[str] = frozenset()
     superseded: tuple[Mapping[str, Any], ...] = ()
-    """Facts whose question has another answer now."""
+    """Facts in whose place another one is now."""
     retracted: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -123,15 +124,25 @@ class FactLog:
             if is_remote(registry)
             else Artifacts(Path(registry).expanduser())
         )
+        self._in_base = 0
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._tried: Head | None = None
 
     def scratch(self) -> FactLog:
         """A copy to try things on; what is written to it goes with this process."""
-        copy = FactLog(self.location, cache=self._cache, storage=self._storage)
-        copy._scratch = tempfile.TemporaryDirectory(prefix="memedit-facts-")
-        copy._tried = self.head()
-        return copy
+        found = copy(self)
+        found._scratch = tempfile.TemporaryDirectory(prefix="memedit-facts-")
+        found._tried = self.head()
+        return found
+
+    def on_base(self, sequence: int) -> FactLog:
+        """The same log, for a base that says already what held after a change.
+
+        Those facts have the state `compacted` as long as they hold.
+        """
+        found = copy(self)
+        found._in_base = sequence
+        return found
 
     @property
     def is_scratch(self) -> bool:
@@ -196,9 +207,28 @@ class FactLog:
                 database.execute("SET preserve_insertion_order = false")
                 if head.state is None:
                     database.register("state", CLAIMS.empty_table())
+                elif base := self._last(head, self._in_base):
+                    database.execute(f"CREATE TEMP TABLE base AS SELECT fact FROM ({base})")
+                    database.execute(
+                        f"""CREATE TEMP VIEW state AS SELECT * REPLACE (CASE
+                            WHEN state = 'active' AND fact IN (SELECT fact FROM base)
+                            THEN 'compacted' ELSE state END AS state)
+                        FROM {_scan([self.path(head.state)])}"""
+                    )
                 else:
                     database.execute(_view("state", [self.path(head.state)]))
                 yield database
+
+    def _last(self, head: Head, sequence: int) -> str:
+        """A query for the facts that held after a change; empty where none can have."""
+        segments = [self.path(name) for name in head.log if _sequence_of(name) <= sequence]
+        if not segments:
+            return ""
+        return (
+            f"SELECT fact, question, id, subject, target_new FROM {_scan(segments)} QUALIFY"
+            " row_number() OVER (PARTITION BY source, fact ORDER BY sequence DESC) = 1"
+            " AND state = 'active'"
+        )
 
     # ------------------------------------------------------------------------------- changing
 
@@ -319,6 +349,14 @@ class FactLog:
         with self.database(head) as database:
             return list(_rows(database.execute(query, dict(values or {}))))
 
+    def count(self, head: Head) -> int:
+        """How many facts hold; with a base that says some already, of the others."""
+        if not self._in_base:
+            return head.active
+        return int(
+            self.select(head, "SELECT count(*) AS n FROM state WHERE state = 'active'")[0]["n"]
+        )
+
     def digest(self, head: Head) -> str:
         """Of the facts that hold, whatever the order in which they came."""
         found = hashlib.sha256()
@@ -332,31 +370,25 @@ class FactLog:
 
     def difference(self, head: Head, since: int) -> Difference:
         """What holds now against what held after an earlier change (0: nothing did)."""
-        segments = [self.path(name) for name in head.log if _sequence_of(name) <= since]
+        nothing = "SELECT fact, question, id, subject, target_new FROM state WHERE false"
         with self.database(head) as database:
-            columns = "SELECT fact, question, id, subject, target_new"
-            last = (
-                f"""{columns} FROM {_scan(segments)}
-                QUALIFY row_number() OVER (PARTITION BY source, fact ORDER BY sequence DESC) = 1
-                AND state = 'active'"""
-                if segments
-                else f"{columns} FROM state WHERE false"
-            )
-            database.execute(f"CREATE TEMP TABLE old AS {last}")
+            database.execute(f"CREATE TEMP TABLE old AS {self._last(head, since) or nothing}")
+            if base := self._last(head, self._in_base):
+                database.execute(f"DELETE FROM old WHERE fact IN (SELECT fact FROM ({base}))")
             database.execute("CREATE TEMP VIEW new AS SELECT * FROM state WHERE state = 'active'")
             added = database.execute(
                 "SELECT fact FROM new WHERE fact NOT IN (SELECT fact FROM old)"
             ).fetchall()
             found = database.execute(
                 """SELECT fact, id, subject, target_new,
-                    question IN (SELECT question FROM new) AS answered
+                    fact IN (SELECT fact FROM state WHERE state = 'superseded') AS replaced
                 FROM old WHERE fact NOT IN (SELECT fact FROM new) ORDER BY id"""
             )
             gone = list(_rows(found))
         return Difference(
             added=frozenset(fact for (fact,) in added),
-            superseded=tuple(row for row in gone if row["answered"]),
-            retracted=tuple(row for row in gone if not row["answered"]),
+            superseded=tuple(row for row in gone if row["replaced"]),
+            retracted=tuple(row for row in gone if not row["replaced"]),
         )
 
     def history(
@@ -368,6 +400,10 @@ class FactLog:
     def rejected(self, head: Head, *, limit: int) -> list[dict[str, Any]]:
         """The newest rows that no fact was made of, newest first."""
         return self._scanned(head.rejects, "ORDER BY sequence DESC, place, row", {}, limit)
+
+    def count_rejected(self, head: Head) -> int:
+        """How many rows were rejected in all."""
+        return sum(pq.read_metadata(self.path(name)).num_rows for name in head.rejects)
 
     def _scanned(
         self, names: Sequence[str], rest: str, values: Mapping[str, Any], limit: int

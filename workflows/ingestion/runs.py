@@ -53,7 +53,7 @@ class Runs:
         """How far each source is published."""
         return self._read(WATERMARK)[0]
 
-    def claim(self, desired: Desired, *, attempt: str) -> None:
+    def claim(self, desired: Desired, *, attempt: str, rejected: int) -> None:
         """Write down that a version is being made.
 
         Raises:
@@ -73,6 +73,7 @@ class Runs:
                 "sequence": desired.head.sequence,
                 "mode": "sequential" if desired.sequential else "desired",
                 "facts": desired.counts,
+                "rejected": rejected,
                 "by_source": _by_source(desired),
                 "read": dict(desired.head.read),
                 "previous": desired.current,

@@ -205,3 +205,24 @@ class FactsRejectsJob(RegistryJob):
         group="Output",
         metavar="FILE",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompactJob(RegistryJob, StoringJob):
+    """`memedit compact`: a version becomes a base of its own."""
+
+    version: str = option(
+        "current",
+        "Its run id or the beginning of it, current or previous.",
+        group="Input",
+        metavar="[VERSION]",
+        positional=True,
+    )
+    out: str = option(
+        None,
+        "Folder or s3:// prefix for the new base; new or empty.",
+        group="Output",
+        metavar="PLACE",
+        required=True,
+        location="path",
+    )
