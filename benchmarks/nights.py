@@ -1,5 +1,6 @@
-"""Twenty nights of 50 facts each: the active facts solved from the base every night, against editing
-the version of the night before, and against one batch of all.
+"""Twenty nights of 50 facts each: from the base every night, or on top of the last.
+
+The third way is one batch of all the facts, which should give what the first gives.
 
     python -m benchmarks.nights                              # about an hour
     python -m benchmarks.nights --nights 3 --each 4 --looked-at 3      # smaller

@@ -17,7 +17,7 @@ from typing import Any
 from cluster.artifacts import open_artifacts
 from cluster.registry import Registry
 from cluster.store import ABSENT, Guard, join
-from memedit.errors import GateError, MemeditError
+from memedit.errors import GateError, LockError, MemeditError
 from memedit.progress import Progress
 from workflows.destination import new_version
 from workflows.edit import edit_facts
@@ -95,6 +95,9 @@ def ingest(job: IngestJob, progress: Progress) -> IngestOutcome:
     notice.begun()
     try:
         outcome = _ingest(job, _Counting(progress), notice)
+    except LockError:  # another run does the work: nothing has failed
+        notice.left_out()
+        raise
     except BaseException as error:
         notice.failed(error)
         raise
@@ -157,7 +160,7 @@ def _reconcile(
     if desired.is_current:
         assert desired.current is not None, "it is CURRENT"
         runs.finish(desired.current)  # a run may have been killed just before its end
-        return done
+        return replace(done, metrics=_metrics_of(registry, desired.current))
     if desired.was_rolled_back:
         note = (
             f"CURRENT was rolled back from {desired.run_id}, which is what the facts give: it stays"
@@ -168,8 +171,7 @@ def _reconcile(
         seen = registry.current()
         registry.move(desired.run_id, expected=seen.token if seen else ABSENT, by="publish")
         runs.finish(desired.run_id)
-        manifest = registry.require_whole(desired.run_id).manifest
-        metrics = dict(manifest.metrics) if manifest else {}
+        metrics = _metrics_of(registry, desired.run_id)
         return replace(done, status="published", version=desired.run_id, metrics=metrics)
     runs.claim(desired, attempt=attempt, rejected=registered.rejected)
     try:
@@ -177,6 +179,11 @@ def _reconcile(
     except Exception as error:
         runs.failed(desired.run_id, f"{type(error).__name__}: {error}")
         raise
+
+
+def _metrics_of(registry: Registry, version: str) -> Mapping[str, Any]:
+    manifest = registry.version(version).manifest
+    return {} if manifest is None else manifest.metrics
 
 
 def _make(

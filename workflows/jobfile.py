@@ -35,6 +35,7 @@ from workflows.settings import (
     GenerateJob,
     Job,
     PlanJob,
+    PublishJob,
     StatsJob,
 )
 from workflows.submit_settings import LogsJob, StatusJob, StopJob
@@ -127,7 +128,8 @@ def load_job(
     for item in _all_given(kind, config, flags or {}, assignments):
         given[item.path] = item
         # A flag that says where to publish takes back what the job file says.
-        for other in _PLACES - {item.path} if item.path in _PLACES else ():
+        publishes = issubclass(kind, PublishJob) and item.path in _PLACES
+        for other in _PLACES - {item.path} if publishes else ():
             if other in given and given[other].folder is not None and item.folder is None:
                 del given[other]
     values: dict[str, Any] = dict(defaults or {})

@@ -88,6 +88,7 @@ RUNS: dict[str, list[str]] = {
     "generate": ["generate", "a text"],
     "plan": ["plan", "--facts", "f"],
     "apply": ["apply", "d", "--out", "o"],
+    "ingest": ["ingest", "--registry", "r", "--set", "source.path=drop"],
 }
 
 
@@ -140,11 +141,17 @@ def test_every_flag_is_a_field_of_the_job_file(
         "quick": True, "format": "lora", "lora_rank": 16,
         "name": "night-1", "follow": True,
         "prompts": ["a", "b"], "address": "auto", "device": "cpu", "run_id": "x",
+        "conflicts": "refuse", "most_retracted": 1.5, "judged_new": 3, "judged_all": 3,
+        "mode": "sequential", "dry_run": True, "every": "0 2 * * *", "time_zone": "Europe/Berlin",
     }  # fmt: skip
+    unseen = {}
+    if command == "ingest":
+        samples["on_bad_row"], unseen = "fail", {"source": {"path": "/drop"}}
     given = {name: samples.get(name, f"/{name}") for name in {p.name for p in flags}}
     config = tmp_path / "job.yaml"
-    config.write_text(yaml.safe_dump(given))
+    config.write_text(yaml.safe_dump({**given, **unseen}))
     from_file = load_job(kind, config=config)
+    config.write_text(yaml.safe_dump(unseen))
     arguments = [command]
     for parameter in flags:
         value = given[parameter.name]
@@ -158,7 +165,7 @@ def test_every_flag_is_a_field_of_the_job_file(
             arguments += value if isinstance(value, list) else [value]
     context = cli.commands[command].make_context(command, arguments[1:])
     parsed = {k: v for k, v in context.params.items() if k not in ("config", "assignments")}
-    assert load_job(kind, flags=parsed) == from_file
+    assert load_job(kind, config=config, flags=parsed) == from_file
     assert all(
         getattr(from_file, n) != fields[n].default for n in given if n not in ("method", "device")
     )

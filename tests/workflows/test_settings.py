@@ -11,6 +11,7 @@ from memedit.config import EditSettings, TargetSettings
 from memedit.errors import InputError
 from workflows.fields import ABOVE, AT_LEAST, AT_MOST, LARGEST_SEED, SECTIONS, parse_layers
 from workflows.gates import parse_gate
+from workflows.ingestion.settings import IngestJob
 from workflows.jobfile import JOBS, load_job
 from workflows.settings import (
     DoctorJob,
@@ -79,7 +80,8 @@ def test_flags_are_relative_to_the_working_directory(tmp_path: Path) -> None:
     assert load_job(EditJob, config=config, flags={"out": "o"}).out == "o"
 
 
-PLACES = ("facts", "out", "registry", "stats", "artifacts", "delta", "version")
+PLACES = ("facts", "out", "registry", "stats", "artifacts", "delta", "version", "canary")
+SOURCE = "source: {path: drop}\n"
 
 
 @pytest.mark.parametrize(
@@ -101,16 +103,19 @@ def test_a_place_is_a_path_or_lies_in_object_storage(
     least = {f.name: "x" for f in dataclasses.fields(kind) if f.metadata["required"]}
     if issubclass(kind, PublishJob) and name != "registry":
         least["out"] = "x"
+    more = SOURCE if kind is IngestJob else ""
     for text, from_file, from_flag in (
         ("data/x", str(tmp_path / "data/x"), "data/x"),
         ("/abs/x", "/abs/x", "/abs/x"),
         ("~/x", "/home/someone/x", "/home/someone/x"),
         ("s3://bucket/a//b", "s3://bucket/a//b", "s3://bucket/a//b"),
     ):
-        config = job_file(tmp_path, f"{name}: {text}\n")
+        config = job_file(tmp_path, f"{name}: {text}\n{more}")
         others = {key: value for key, value in least.items() if key != name}
         assert getattr(load_job(kind, config=config, flags=others), name) == from_file
-        assert getattr(load_job(kind, flags={**others, name: text}), name) == from_flag
+        config = job_file(tmp_path, more)
+        flags = {**others, name: text}
+        assert getattr(load_job(kind, config=config, flags=flags), name) == from_flag
     with pytest.raises(InputError, match=r"must be a path or s3://bucket/prefix.*gs://b/x") as no:
         load_job(kind, flags={**least, name: "gs://b/x"})
     assert no.value.field == name

@@ -165,11 +165,11 @@ class FactLog:
             value = json.loads(found[0])
             head = Head(
                 sequence=int(value["sequence"]),
-                at=str(datetime.fromisoformat(value["at"]).isoformat()),
+                at=datetime.fromisoformat(value["at"]).astimezone(UTC).isoformat(),
                 log=tuple(map(str, value["log"])),
                 state=str(value["state"]),
                 rejects=tuple(map(str, value["rejects"])),
-                read=dict(value["read"]),
+                read={str(k): {**v, "mark": dict(v["mark"])} for k, v in value["read"].items()},
                 counts={str(k): int(v) for k, v in value["counts"].items()},
                 token=found[1],
             )

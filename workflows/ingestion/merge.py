@@ -86,6 +86,54 @@ class Held:
     reason: str | None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Stands:
+    """An answer that may not be contradicted, and how it is called where it is."""
+
+    fact: str
+    id: str
+    why: str
+
+
+class _Standing:
+    """Which answer stands to each question, while a source speaks row by row."""
+
+    def __init__(self) -> None:
+        self._own: dict[str, _Stands] = {}
+        self._others: dict[str, _Stands] = {}
+        self._questions: dict[str, str] = {}
+        """By the id of an own answer."""
+
+    def put(self, question: str, stands: _Stands, *, own: bool) -> None:
+        """From now on this is the answer; of several of others the last."""
+        if not own:
+            self._others[question] = stands
+            return
+        self._drop(question)
+        self._own[question] = stands
+        self._questions[stands.id] = question
+
+    def of(self, question: str) -> _Stands | None:
+        """The answer that stands; the others' where the source has none that is active."""
+        return self._own.get(question) or self._others.get(question)
+
+    def let_go(self, name: str) -> None:
+        """An id names something else from now on."""
+        if (question := self._questions.get(name)) is not None:
+            self._drop(question)
+
+    def retract(self, question: str | None, fact: str | None, name: str | None) -> None:
+        """The source takes an answer of its own back."""
+        if question is None:
+            self.let_go(name or "")
+        elif (stands := self._own.get(question)) and fact in (None, stands.fact):
+            self._drop(question)
+
+    def _drop(self, question: str) -> None:
+        if (stands := self._own.pop(question, None)) is not None:
+            del self._questions[stands.id]
+
+
 class Merge:
     """One change to the facts, made in a database in memory.
 
@@ -107,7 +155,7 @@ class Merge:
         self._sql(
             """CREATE OR REPLACE TEMP TABLE batch AS
             SELECT position, op, explicit, again, fact, content, question, id,
-                coalesce(asserted_at, $at) AS said_at,
+                asserted_at IS NOT NULL AS timed, coalesce(asserted_at, $at) AS said_at,
                 row_number() OVER (ORDER BY coalesce(asserted_at, $at), position) AS turn
             FROM statements""",
             at=said.at,
@@ -117,36 +165,29 @@ class Merge:
             " claimed, held, said_at, superseded_by FROM state WHERE source = $source",
             source=said.source,
         )
-        # What was read before says nothing new, unless no fact could be made of it then.
+        self._leave_out_what_is_known(said)
         self._sql(
-            """DELETE FROM batch b WHERE b.again AND (b.op = 'retract' OR EXISTS (
-                SELECT 1 FROM mine m WHERE m.fact = b.fact
-                AND (m.content = b.content OR NOT m.claimed OR m.held IS NOT NULL)))"""
+            "CREATE OR REPLACE TEMP TABLE listed AS"
+            " SELECT DISTINCT fact FROM batch WHERE op = 'assert'"
         )
-        refused = self._retractions()
-        self._sql(
-            """CREATE OR REPLACE TEMP TABLE said AS
-            WITH final AS (
-                SELECT fact, arg_max(op, turn) AS op FROM (
-                    SELECT fact, op, turn FROM batch WHERE op = 'assert'
-                    UNION ALL SELECT fact, 'retract', turn FROM retractions
-                ) GROUP BY fact
-            ), latest AS (
-                SELECT b.* FROM batch b JOIN final USING (fact)
-                WHERE b.op = 'assert' AND final.op = 'assert'
-                QUALIFY row_number() OVER (PARTITION BY b.fact ORDER BY b.turn DESC) = 1
-            )
-            SELECT * FROM latest"""
-        )
-        refused += self._foreign_ids(said)
+        refused = self._foreign_ids(said)
         if said.rule == "refuse":
             refused += self._contradictions(said)
+        refused += self._retractions()
+        # What was said is pushed aside by what is said later, also if that is taken back then.
         self._sql(
             """CREATE OR REPLACE TEMP TABLE ranked AS
             SELECT *, first(fact) OVER q AS answer, first(fact) OVER i AS same_id
-            FROM said WINDOW
+            FROM batch WHERE op = 'assert' WINDOW
                 q AS (PARTITION BY question ORDER BY turn DESC),
-                i AS (PARTITION BY id ORDER BY turn DESC)"""
+                i AS (PARTITION BY id ORDER BY turn DESC)
+            QUALIFY row_number() OVER (PARTITION BY fact ORDER BY turn DESC) = 1"""
+        )
+        self._sql(
+            """CREATE OR REPLACE TEMP TABLE said AS
+            SELECT r.* FROM ranked r
+            LEFT JOIN (SELECT fact, max(turn) AS turn FROM retractions GROUP BY fact) x USING (fact)
+            WHERE x.turn IS NULL OR x.turn < r.turn"""
         )
         self._changes(said)
         self._resolve(said.rule, said.priority)
@@ -185,6 +226,33 @@ class Merge:
     def _sql(self, text: str, **values: Any) -> duckdb.DuckDBPyConnection:
         return self.database.execute(text, values) if values else self.database.execute(text)
 
+    def _leave_out_what_is_known(self, said: Said) -> None:
+        """Take out of the batch what says nothing new."""
+        # What was read before, unless no fact could be made of it then.
+        self._sql(
+            """DELETE FROM batch b WHERE b.again AND (b.op = 'retract' OR EXISTS (
+                SELECT 1 FROM mine m WHERE m.fact = b.fact
+                AND (m.content = b.content OR NOT m.claimed OR m.held IS NOT NULL)))"""
+        )
+        # What the source itself has taken out again since, whatever times its rows have.
+        self._sql(
+            """DELETE FROM batch b WHERE b.op = 'assert' AND EXISTS (
+                SELECT 1 FROM batch w WHERE w.op = 'retract' AND NOT w.explicit
+                AND w.fact = b.fact AND w.position > b.position)"""
+        )
+        self._sql(
+            """DELETE FROM batch w WHERE w.op = 'retract' AND NOT w.explicit AND EXISTS (
+                SELECT 1 FROM batch b WHERE b.op = 'assert' AND b.fact = w.fact
+                AND b.position > w.position)"""
+        )
+        # What the source has said at a later time than this.
+        self._sql(
+            """DELETE FROM batch b WHERE b.op = 'assert' AND NOT $complete AND EXISTS (
+                SELECT 1 FROM mine m WHERE m.fact = b.fact AND m.said_at > b.said_at
+                AND (m.claimed OR m.superseded_by IS NOT NULL))""",
+            complete=said.complete,
+        )
+
     def _retractions(self) -> list[tuple[int, str, str]]:
         """Table `retractions`: which facts a retraction means; and those that mean none."""
         self._sql(
@@ -198,7 +266,9 @@ class Merge:
             UNION SELECT w.position, w.turn, k.fact FROM wanted w JOIN known k
                 ON w.question = k.question WHERE w.fact IS NULL AND k.turn < w.turn
             UNION SELECT w.position, w.turn, k.fact FROM wanted w JOIN known k
-                ON w.id = k.id WHERE w.fact IS NULL AND w.question IS NULL AND k.turn < w.turn"""
+                ON w.id = k.id WHERE w.fact IS NULL AND w.question IS NULL AND k.turn < w.turn
+                AND NOT EXISTS (SELECT 1 FROM known n WHERE n.fact = k.fact AND n.id <> k.id
+                    AND n.turn > k.turn AND n.turn < w.turn)"""
         )
         unknown = self._sql(
             """SELECT position FROM batch WHERE op = 'retract' AND explicit
@@ -208,45 +278,65 @@ class Merge:
 
     def _foreign_ids(self, said: Said) -> list[tuple[int, str, str]]:
         """Take out what uses an id by which another source knows something else."""
-        return self._take_out(
+        found: list[tuple[int, str, str]] = self._sql(
             """SELECT b.position, 'id',
                 'the id ' || b.id || ' names another fact of the source ' || min(s.source)
-            FROM said b JOIN state s ON s.id = b.id
-            WHERE s.claimed AND s.source <> $source AND s.question <> b.question
+            FROM batch b JOIN state s ON s.id = b.id
+            WHERE b.op = 'assert' AND s.claimed AND s.source <> $source
+                AND s.question <> b.question
             GROUP BY b.position, b.id""",
             source=said.source,
-        )
+        ).fetchall()
+        return self._take_out(found)
 
     def _contradictions(self, said: Said) -> list[tuple[int, str, str]]:
-        """Take out what contradicts what stands, also earlier in the same batch."""
-        return self._take_out(
-            """WITH gone AS (
-                SELECT fact FROM retractions
-                UNION SELECT fact FROM mine WHERE $complete AND fact NOT IN (SELECT fact FROM said)
-            ), standing AS (
-                SELECT question, fact, target_new, id FROM state WHERE state = 'active'
-                AND NOT (source = $source AND fact IN (SELECT fact FROM gone))
-            ), first_said AS (
-                SELECT question, fact, id FROM said
-                QUALIFY row_number() OVER (PARTITION BY question ORDER BY turn) = 1
-            )
-            SELECT b.position, 'target_new', 'contradicts the fact ' || s.id || ' (' ||
-                s.target_new || '), which stands until it is retracted'
-            FROM said b JOIN standing s USING (question) WHERE s.fact <> b.fact
-            UNION ALL
-            SELECT b.position, 'target_new', 'contradicts the row before with the id ' || f.id
-            FROM said b JOIN first_said f USING (question)
-            WHERE f.fact <> b.fact AND question NOT IN (SELECT question FROM standing)""",
+        """Take out what contradicts what stands at that moment, also earlier in the same batch."""
+        self._sql(
+            """CREATE OR REPLACE TEMP TABLE contested AS
+            WITH asked AS (SELECT question, fact FROM batch WHERE op = 'assert')
+            SELECT question FROM (
+                FROM asked UNION ALL SELECT question, fact FROM state WHERE state = 'active'
+                AND question IN (SELECT question FROM asked)
+            ) GROUP BY question HAVING count(DISTINCT fact) > 1"""
+        )
+        standing = _Standing()
+        for question, fact, name, why, own in self._sql(
+            """SELECT question, fact, id, 'the fact ' || id || ' (' || target_new
+                || '), which stands until it is retracted', source = $source
+            FROM state WHERE claimed AND held IS NULL AND question IN (FROM contested)
+                AND (source <> $source OR (state = 'active'
+                    AND (NOT $complete OR fact IN (FROM listed))))
+            ORDER BY state = 'active', said_at, sequence, source DESC""",
             source=said.source,
             complete=said.complete,
-        )
+        ).fetchall():
+            standing.put(question, _Stands(fact=fact, id=name, why=why), own=own)
+        found: list[tuple[int, str, str]] = []
+        for position, op, question, fact, name, matters in self._sql(
+            """SELECT position, op, question, fact, id, question IN (FROM contested) FROM batch
+            WHERE op = 'retract' OR question IN (FROM contested) OR id IN (
+                SELECT id FROM batch WHERE question IN (FROM contested) UNION ALL
+                SELECT id FROM state WHERE question IN (FROM contested))
+            ORDER BY turn"""
+        ).fetchall():
+            if op == "retract":
+                standing.retract(question, fact, name)
+                continue
+            stands = standing.of(question)
+            if stands is not None and stands.fact != fact:
+                found.append((position, "target_new", f"contradicts {stands.why}"))
+                continue
+            standing.let_go(name)
+            if matters:
+                why = f"the row before with the id {name}"
+                standing.put(question, _Stands(fact=fact, id=name, why=why), own=True)
+        return self._take_out(found)
 
-    def _take_out(self, query: str, **values: Any) -> list[tuple[int, str, str]]:
-        found: list[tuple[int, str, str]] = self._sql(query, **values).fetchall()
+    def _take_out(self, found: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
         if found:
             positions = pa.table({"position": pa.array([f[0] for f in found], pa.int64())})
             self.database.register("out", positions)
-            self._sql("DELETE FROM said WHERE position IN (SELECT position FROM out)")
+            self._sql("DELETE FROM batch WHERE position IN (SELECT position FROM out)")
             self.database.unregister("out")
         return sorted(found)
 
@@ -254,52 +344,66 @@ class Merge:
         """Table `changed`: the claims of the source that are not as they were."""
         self._sql(
             """CREATE OR REPLACE TEMP TABLE verdicts AS
-            WITH late AS (  -- what the source said before is newer than what it says now
-                SELECT r.fact, max_by(m.fact, m.said_at) AS rival FROM ranked r
-                JOIN mine m USING (question)
-                WHERE m.claimed AND m.held IS NULL AND m.fact <> r.fact AND m.said_at > r.said_at
-                AND NOT $complete AND m.fact NOT IN (SELECT fact FROM retractions)
-                GROUP BY r.fact
+            WITH older AS (  -- what the source says otherwise, and has said at a later time
+                SELECT r.fact, m.fact AS rival, m.said_at FROM said r JOIN mine m USING (question)
+                WHERE m.fact <> r.fact AND m.said_at > r.said_at
+                    AND (m.claimed OR m.superseded_by IS NOT NULL)
+                UNION ALL
+                SELECT r.fact, m.fact AS rival, m.said_at FROM said r JOIN mine m USING (id)
+                WHERE m.fact <> r.fact AND m.said_at > r.said_at
+                    AND (m.claimed OR m.superseded_by IS NOT NULL)
+            ), late AS (
+                SELECT fact, max_by(rival, said_at) AS rival FROM older
+                WHERE NOT $complete AND rival NOT IN (SELECT fact FROM retractions)
+                GROUP BY fact
             ), winners AS (
-                SELECT * FROM ranked WHERE answer = fact AND same_id = fact
+                SELECT * FROM said WHERE answer = fact AND same_id = fact
                 AND fact NOT IN (SELECT fact FROM late)
             ), losers AS (
-                SELECT r.fact, r.position, coalesce(l.rival, CASE WHEN r.answer <> r.fact
+                SELECT r.*, coalesce(l.rival, CASE WHEN r.answer <> r.fact
                     THEN r.answer ELSE r.same_id END) AS rival
-                FROM ranked r LEFT JOIN late l USING (fact)
+                FROM said r LEFT JOIN late l USING (fact)
                 WHERE r.fact NOT IN (SELECT fact FROM winners)
             ), replaced AS (
-                SELECT fact, max(rival) AS rival FROM (
-                    SELECT m.fact, w.fact AS rival FROM mine m JOIN winners w USING (question)
-                    WHERE m.claimed AND m.fact <> w.fact
+                SELECT fact, max_by(rival, turn) AS rival FROM (
+                    SELECT m.fact, b.fact AS rival, b.turn FROM mine m JOIN batch b USING (question)
+                    WHERE b.op = 'assert' AND m.claimed AND m.fact <> b.fact
+                        AND ($complete OR b.said_at >= m.said_at)
                     UNION ALL
-                    SELECT m.fact, w.fact AS rival FROM mine m JOIN winners w USING (id)
-                    WHERE m.claimed AND m.fact <> w.fact
-                ) GROUP BY fact
+                    SELECT m.fact, b.fact AS rival, b.turn FROM mine m JOIN batch b USING (id)
+                    WHERE b.op = 'assert' AND m.claimed AND m.fact <> b.fact
+                        AND ($complete OR b.said_at >= m.said_at)
+                ) WHERE fact NOT IN (SELECT fact FROM said) GROUP BY fact
             )
             SELECT w.fact, w.position, true AS claimed, NULL::VARCHAR AS rival, NULL::VARCHAR AS why
             FROM winners w LEFT JOIN mine m USING (fact)
             WHERE m.fact IS NULL OR NOT m.claimed OR m.content <> w.content
-                OR (m.state <> 'active' AND NOT $complete)
+                OR (m.state <> 'active' AND NOT $complete) OR (w.timed AND w.said_at > m.said_at)
             UNION ALL
             SELECT l.fact, l.position, false, l.rival, 'the source says something else'
             FROM losers l LEFT JOIN mine m USING (fact)
-            WHERE m.fact IS NULL OR m.claimed OR m.superseded_by IS DISTINCT FROM l.rival
+            WHERE m.fact IS NULL OR m.claimed OR m.superseded_by IS NULL
+                OR (l.timed AND l.said_at > m.said_at)
             UNION ALL
             SELECT fact, NULL, false, rival, 'the source says something else' FROM replaced
-            WHERE fact NOT IN (SELECT fact FROM said)
             UNION ALL
             SELECT m.fact, NULL, false, NULL, 'retracted by the source'
             FROM mine m WHERE m.claimed AND m.fact IN (SELECT fact FROM retractions)
             AND m.fact NOT IN (SELECT fact FROM said) AND m.fact NOT IN (SELECT fact FROM replaced)
             UNION ALL
+            SELECT r.fact, r.position, false, NULL, 'retracted by the source'
+            FROM ranked r WHERE r.fact NOT IN (SELECT fact FROM said)
+            AND r.fact NOT IN (SELECT fact FROM mine)
+            UNION ALL
             SELECT m.fact, NULL, false, NULL, 'gone from the source'
             FROM mine m WHERE $complete AND m.claimed
-            AND m.fact NOT IN (SELECT fact FROM batch WHERE op = 'assert')
+            AND m.fact NOT IN (SELECT fact FROM listed)
             AND m.fact NOT IN (SELECT fact FROM replaced)
             AND m.fact NOT IN (SELECT fact FROM retractions)""",
             complete=said.complete,
         )
+        # A list that still has what was taken out does not say it anew.
+        stays = "$complete AND n.claimed AND o.claimed AND o.held IS NOT NULL"
         self._sql(
             f"""CREATE OR REPLACE TEMP TABLE changed AS
             WITH named AS (
@@ -315,15 +419,17 @@ class Merge:
             )
             SELECT n.id, o.state, n.subject, n.prompt, n.target_new, n.target_true, n.paraphrases,
                 n.neighbourhood, n.relation, o.valid_from, o.valid_to,
-                n.why AS reason, n.rival AS superseded_by,
-                $source AS source, n.place, n.row, n.snapshot, n.run, n.said_at, n.claimed,
-                NULL::VARCHAR AS held, n.fact, n.content, n.question,
+                CASE WHEN {stays} THEN o.reason ELSE n.why END AS reason,
+                n.rival AS superseded_by, $source AS source,
+                n.place, n.row, n.snapshot, n.run, n.said_at, n.claimed,
+                CASE WHEN {stays} THEN o.held END AS held, n.fact, n.content, n.question,
                 $at AS changed_at, 0 AS sequence
             FROM named n LEFT JOIN state o ON o.source = $source AND o.fact = n.fact""",
             source=said.source,
             at=said.at,
             snapshot=said.snapshot,
             run=said.run,
+            complete=said.complete,
         )
 
     def _resolve(self, rule: Rule, priority: Sequence[str]) -> None:

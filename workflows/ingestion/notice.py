@@ -54,6 +54,10 @@ class Notice:
             self._lineage.complete(self._inputs, outputs, version=version, facts=facts)
         self._hooks.tell({**summary, "registry": self._job.registry}, self._progress)
 
+    def left_out(self) -> None:
+        """Another run works on the registry, so this one has nothing to say."""
+        self._lineage.complete(self._inputs, [])
+
     def failed(self, error: BaseException) -> None:
         """The run has failed, or was stopped."""
         why = without_keys(str(error)).strip() or type(error).__name__

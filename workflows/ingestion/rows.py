@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from typing import Any
@@ -18,7 +19,14 @@ import pyarrow as pa
 from memedit.config import digest_of
 from memedit.errors import InputError
 from memedit.layouts import read_row, to_row
-from memedit.requests import EditRequest, Provenance, clean_text, comparable, type_name
+from memedit.requests import (
+    EditRequest,
+    Provenance,
+    as_template,
+    clean_text,
+    comparable,
+    type_name,
+)
 from workflows.ingestion.source import SourceRow, Unreadable
 from workflows.wording import did_you_mean
 
@@ -170,6 +178,7 @@ class RowReader:
             prompted = self._with_prompts(dict(fields), relation)
             subject = clean_text(prompted["subject"], field="subject", one_line=True)
             prompt = clean_text(prompted["prompt"], field="prompt")
+            prompt, subject = as_template(prompt, subject, field="prompt")
             return {"question": question_of(subject, prompt), "id": _id(fields)}
         if (name := _id(fields)) is not None:
             return {"id": name}
@@ -253,9 +262,10 @@ def _time(value: Any) -> datetime | None:
             found = None
     if isinstance(found, date) and not isinstance(found, datetime):
         found = datetime(found.year, found.month, found.day, tzinfo=UTC)
-    if not isinstance(found, datetime):
-        raise InputError(
-            f"expected a time such as 2026-11-27T02:00:00Z, found {str(value)[:60]!r}",
-            field="asserted_at",
-        )
-    return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+    if isinstance(found, datetime):
+        with suppress(OverflowError):  # in the first or the last hours of the calendar
+            return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+    raise InputError(
+        f"expected a time such as 2026-11-27T02:00:00Z, found {str(value)[:60]!r}",
+        field="asserted_at",
+    )

@@ -1,0 +1,244 @@
+"""Registering a reading: all of it in one change, or nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memedit.errors import InputError
+from memedit.progress import Silent
+from tests.workflows.runs import write_rows
+from workflows.ingestion import register as module
+from workflows.ingestion.fact_log import HEAD, FactLog
+from workflows.ingestion.register import Registered, register, register_table
+from workflows.ingestion.settings import IngestJob
+from workflows.ingestion.source import SourceRow
+from workflows.ingestion.source_files import FilesSource
+
+
+def says(subject: str, target: str, **more: Any) -> dict[str, Any]:
+    return {"subject": subject, "prompt": "{} is in", "target_new": target} | more
+
+
+class Place:
+    """A folder of files beside a registry."""
+
+    def __init__(self, folder: Path) -> None:
+        self.drop, self.registry = folder / "drop", folder / "registry"
+        self.drop.mkdir()
+        self.log = FactLog(str(self.registry), cache=folder / "cache")
+
+    def put(self, name: str, *rows: dict[str, Any] | str) -> Path:
+        return write_rows(self.drop / name, rows)
+
+    def register(self, *, log: FactLog | None = None, **values: Any) -> Registered:
+        source = {"path": str(self.drop), **values.pop("source", {})}
+        job = IngestJob(registry=str(self.registry), source=source, **values)
+        return register(job, log or self.log, run="r", progress=Silent())
+
+    def active(self) -> set[str]:
+        rows = self.log.select(self.log.head(), "SELECT * FROM state WHERE state = 'active'")
+        return {row["target_new"] for row in rows}
+
+    def rejects(self) -> list[dict[str, Any]]:
+        return self.log.rejected(self.log.head(), limit=99)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def test_what_is_new_is_registered_once(place: Place) -> None:
+    place.put("1.jsonl", says("X", "Rome"), says("Y", "Bonn"))
+    found = place.register()
+    assert (found.read, found.rejected, found.snapshot) == (2, 0, "1.jsonl")
+    assert (found.source, found.place) == ("files", str(place.drop))
+    assert place.active() == {"Rome", "Bonn"}
+    head = place.log.head()
+    assert head.read["files"]["kind"] == "files"
+    again = place.register()
+    assert (again.read, again.snapshot) == (0, None)
+    assert place.log.head() == head
+    place.put("2.jsonl", says("X", "Oslo"))
+    assert place.register().read == 1
+    assert place.active() == {"Oslo", "Bonn"}
+    row = place.log.select(place.log.head(), "FROM state WHERE target_new = 'Oslo'")[0]
+    assert (row["place"], row["row"], row["run"]) == (str(place.drop / "2.jsonl"), 1, "r")
+    assert row["snapshot"] == "2.jsonl"
+
+
+def test_two_folders_are_two_sources_if_they_have_names(place: Place) -> None:
+    place.put("1.jsonl", says("X", "Rome"))
+    place.register(source={"name": "one"})
+    place.register(source={"name": "two"})
+    assert place.log.head().read.keys() == {"one", "two"}
+
+
+class TestBadRows:
+    def test_they_are_kept_with_their_reasons(self, place: Place) -> None:
+        place.put("1.jsonl", says("X", "Rome"), "not json", says("Y", " "), {"subject": "\ud800"})
+        found = place.register()
+        assert (found.read, found.rejected) == (4, 3)
+        rejects = place.rejects()
+        assert [(r["row"], r["field"]) for r in rejects] == [
+            (2, None),
+            (3, "target_new"),
+            (4, "prompt"),
+        ]
+        assert json.loads(rejects[1]["raw"]) == says("Y", " ")
+        assert {r["place"] for r in rejects} == {str(place.drop / "1.jsonl")}
+        assert {(r["run"], r["source"], r["snapshot"]) for r in rejects} == {
+            ("r", "files", "1.jsonl")
+        }
+        assert place.active() == {"Rome"}
+
+    def test_or_they_stop_it_before_anything_is_registered(self, place: Place) -> None:
+        path = place.put("1.jsonl", says("X", "Rome"), says("Y", " "), "not json")
+        with pytest.raises(InputError, match=r"whitespace.*\(1 more rows are wrong\)") as raised:
+            place.register(on_bad_row="fail")
+        error = raised.value
+        assert (error.source, error.row, error.field) == (str(path), 2, "target_new")
+        assert not (place.registry / HEAD).exists()
+
+    @pytest.mark.parametrize("on_bad_row", ["reject", "fail"])
+    def test_what_the_facts_do_not_allow_is_a_bad_row_too(
+        self, place: Place, on_bad_row: str
+    ) -> None:
+        path = place.put("1.jsonl", says("X", "Rome", id="1"), says("X", "Oslo", id="2"))
+        if on_bad_row == "fail":
+            with pytest.raises(InputError, match="contradicts the row before") as raised:
+                place.register(on_bad_row="fail", conflicts="refuse")
+            assert (raised.value.source, raised.value.row) == (str(path), 2)
+            assert not (place.registry / HEAD).exists()
+            return
+        assert place.register(conflicts="refuse").rejected == 1
+        (reject,) = place.rejects()
+        assert (reject["row"], reject["field"]) == (2, "target_new")
+        assert json.loads(reject["raw"]) == says("X", "Oslo", id="2")
+
+    def test_a_retraction_of_the_unknown(self, place: Place) -> None:
+        place.put("1.jsonl", says("X", "Rome"), {"id": "9", "retracted": True})
+        assert place.register().rejected == 1
+        (reject,) = place.rejects()
+        assert json.loads(reject["raw"]) == {"id": "9", "retracted": True}
+
+    def test_a_row_of_ten_megabytes(self, place: Place) -> None:
+        place.put("1.jsonl", says("X", "Rome", note="x" * 10_000_000), says("Y", "Bonn"))
+        assert place.register().rejected == 1
+        assert place.active() == {"Bonn"}
+        assert len(place.rejects()[0]["raw"]) < 70_000
+
+
+class TestMostRetracted:
+    def test_most_of_a_source_at_once_is_taken_for_a_mistake(self, place: Place) -> None:
+        rows = [says(f"X{n}", "Rome") for n in range(30)]
+        place.put("1.jsonl", *rows)
+        complete: dict[str, Any] = {"source": {"complete": True}}
+        place.register(**complete)
+        place.put("1.jsonl", *rows[20:])
+        before = place.log.head()
+        with pytest.raises(InputError, match="20 of the 30 facts") as raised:
+            place.register(**complete)
+        assert raised.value.field == "most_retracted"
+        assert place.log.head() == before
+        place.register(most_retracted=100, **complete)
+        assert place.log.head().counts == {"active": 10, "retracted": 20}
+
+    def test_a_few_of_a_small_one_may_go(self, place: Place) -> None:
+        rows = [says(f"X{n}", "Rome") for n in range(6)]
+        complete: dict[str, Any] = {"source": {"complete": True}}
+        place.put("1.jsonl", *rows)
+        place.register(**complete)
+        place.put("1.jsonl", *rows[5:])
+        place.register(**complete)
+        assert place.log.head().active == 1
+        place.put("1.jsonl", says("Z", "Oslo"))
+        with pytest.raises(InputError, match="1 of the 1"):
+            place.register(**complete)
+
+
+class TestScratch:
+    def test_nothing_is_written_or_moved(self, place: Place) -> None:
+        path = place.put("1.jsonl", says("X", "Rome"))
+        scratch = place.log.scratch()
+        assert place.register(log=scratch, source={"after": "delete"}).read == 1
+        assert scratch.head().active == 1
+        assert path.exists() and not place.registry.exists()
+
+
+class TestAtTheSameTime:
+    def test_what_another_run_has_read_meanwhile_is_not_registered_twice(
+        self, place: Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        place.put("1.jsonl", says("X", "Rome"), "not json")
+        collect = module._collect
+        others = [place.register]
+
+        def and_meanwhile(*arguments: Any) -> Any:
+            found = collect(*arguments)
+            if others:
+                others.pop()()
+            return found
+
+        monkeypatch.setattr(module, "_collect", and_meanwhile)
+        assert place.register().rejected == 0
+        head = place.log.head()
+        assert (head.sequence, len(place.rejects())) == (1, 1)
+
+    def test_files_that_a_killed_run_has_left_are_put_away(
+        self, place: Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        place.put("1.jsonl", says("X", "Rome"))
+        with monkeypatch.context() as patch:
+            patch.setattr(FilesSource, "settle", lambda self, mark: None)
+            place.register(source={"after": "archive"})
+        assert (place.drop / "1.jsonl").exists()
+        assert place.register(source={"after": "archive"}).snapshot is None
+        assert (place.drop / "archive" / "1.jsonl").exists()
+
+
+class TestTables:
+    def add(self, place: Place, *portions: list[dict[str, Any]]) -> int:
+        def rows() -> Iterator[list[SourceRow]]:
+            for number, portion in enumerate(portions):
+                yield [
+                    SourceRow(raw=raw, place=f"t{number}", row=n)
+                    for n, raw in enumerate(portion, 1)
+                ]
+
+        head = register_table(place.log, rows(), source="manual", rule="refuse", run="r")
+        return head.sequence
+
+    def test_all_or_nothing(self, place: Place) -> None:
+        with pytest.raises(InputError) as raised:
+            self.add(place, [says("X", "Rome"), says("Y", "")])
+        error = raised.value
+        assert (error.source, error.row, error.field) == ("t0", 2, "target_new")
+        with pytest.raises(InputError, match="contradicts"):
+            self.add(place, [says("X", "Rome"), says("X", "Oslo")])
+        assert not (place.registry / HEAD).exists()
+        assert self.add(place, [says("X", "Rome")]) == 1
+        assert place.log.head().read == {}
+
+    def test_portions_are_read_by_several_processes_in_their_order(
+        self, place: Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: {0, 1})
+        portions = [[says(f"X{n}", "Rome"), says(f"Y{n}", "Bonn")] for n in range(9)]
+        assert self.add(place, *portions) == 1
+        rows = place.log.select(place.log.head(), "SELECT * FROM state ORDER BY place, row")
+        assert [(r["place"], r["row"], r["subject"]) for r in rows] == [
+            (f"t{n}", row, f"{'XY'[row - 1]}{n}") for n in range(9) for row in (1, 2)
+        ]
+        with pytest.raises(InputError) as raised:
+            self.add(place, *portions, [says("Z", "")], [{}])
+        assert (raised.value.source, raised.value.row) == ("t9", 1)
+
+    def test_no_row_at_all(self, place: Place) -> None:
+        assert self.add(place) == 0
+        assert not (place.registry / HEAD).exists()
