@@ -57,8 +57,15 @@ class Layout:
     read: Callable[[Row], _Parts]
 
 
-def read_row(row: object, *, provenance: Provenance | None = None) -> EditRequest:
+def read_row(
+    row: object, *, provenance: Provenance | None = None, layout: Layout | None = None
+) -> EditRequest:
     """Turn one raw row into a request; a row without an id gets one from its content.
+
+    Args:
+        row: A mapping of fields to values.
+        provenance: Where it is from.
+        layout: Where it is known; otherwise the fields tell.
 
     Raises:
         InputError: The row cannot be a fact; names the place and the field.
@@ -68,7 +75,7 @@ def read_row(row: object, *, provenance: Provenance | None = None) -> EditReques
             raise InputError(f"expected an object with the fact's fields, found {type_name(row)}")
         # Tables have a column for every field of any row, so null means absent.
         present = {name: value for name, value in row.items() if value is not None}
-        layout = layout_of(present)
+        layout = layout or layout_of(present)
         for name in layout.needs:
             if name not in present:
                 raise InputError(f"{name!r} is missing ({layout.name} layout)", field=name)
@@ -377,6 +384,7 @@ def _pairs(
 
 
 _PLAIN = ("subject", "prompt", "target_new")
+NATIVE = Layout(name="native", marks=_PLAIN, needs=_PLAIN, read=_native)
 
 # Of several that fit, the first is taken, so the telling ones come first.
 LAYOUTS: tuple[Layout, ...] = (
@@ -408,7 +416,7 @@ LAYOUTS: tuple[Layout, ...] = (
         needs=_PLAIN,
         read=_easyedit,
     ),
-    Layout(name="native", marks=_PLAIN, needs=_PLAIN, read=_native),
+    NATIVE,
 )
 
 STRUCTURED = frozenset(

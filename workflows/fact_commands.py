@@ -132,8 +132,11 @@ def run_retract(job: FactsChangeJob, progress: Progress) -> dict[str, Any]:
         if not mine:
             states = ", ".join(sorted({r["state"] for r in rows if r["id"] == name}))
             raise InputError(f"the fact {name!r} is {states} already", field="ids")
+        asked = {r["question"] for r in mine}  # the id may have meant something else before
         return [
-            Held(source=r["source"], fact=r["fact"], held="retracted", reason=why) for r in live
+            Held(source=r["source"], fact=r["fact"], held="retracted", reason=why)
+            for r in live
+            if r["question"] in asked
         ]
 
     return _change(job, held, "retracted")
@@ -181,7 +184,7 @@ def _change(
 
 def _same_question(merge: Merge, name: str) -> list[dict[str, Any]]:
     """The claims with this id, and the others to the same questions."""
-    names = ("source", "fact", "id", "state", "claimed", "held")
+    names = ("source", "fact", "id", "question", "state", "claimed", "held")
     rows = merge.database.execute(
         f"SELECT {', '.join(names)} FROM state WHERE question IN"
         " (SELECT question FROM state WHERE id = $name)",

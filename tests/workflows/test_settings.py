@@ -290,6 +290,51 @@ def test_gates_compare(text: str, value: float, met: bool) -> None:
     assert (gate.check({gate.metric: value}) is None) is met
 
 
+@pytest.mark.parametrize(
+    ("text", "metrics", "models", "met"),
+    [
+        ("all.efficacy>=95", {"all.efficacy": 95.0, "efficacy": 1.0}, {}, True),
+        ("new.efficacy>=95", {"new.efficacy": 94.0, "efficacy": 99.0}, {}, False),
+        ("perplexity<=base*1.1", {"perplexity": 10.9}, {"base": {"perplexity": 10.0}}, True),
+        ("perplexity<=base*1.1", {"perplexity": 11.1}, {"base": {"perplexity": 10.0}}, False),
+        ("score>=previous", {"score": 80.0}, {"previous": {"score": 80.0}}, True),
+        ("score>previous", {"score": 80.0}, {"previous": {"score": 80.0}}, False),
+        ("score>=previous-2", {"score": 78.0}, {"previous": {"score": 80.0}}, True),
+        ("score >= base + 5", {"score": 84.0}, {"base": {"score": 80.0}}, False),
+        (
+            "all.score>=previous-2",
+            {"all.score": 79.0},
+            {"previous": {"score": 99.0, "all.score": 80.0}},
+            True,
+        ),
+        ("score>=previous-2", {"score": 1.0}, {"base": {"score": 80.0}}, True),
+        ("score>=previous-2", {"score": 1.0}, None, True),
+    ],
+)
+def test_gates_compare_groups_and_models(
+    text: str,
+    metrics: dict[str, float],
+    models: dict[str, dict[str, float]] | None,
+    met: bool,
+) -> None:
+    gate = parse_gate(text)
+    assert (gate.check(metrics, models) is None) is met
+    assert parse_gate(str(gate)) == gate
+
+
+def test_a_gate_that_is_missed_says_what_was_wanted() -> None:
+    gate = parse_gate("all.score>=previous-2")
+    reason = gate.check({"all.score": 70.0}, {"previous": {"all.score": 80.0}})
+    assert reason == ("gate all.score>=previous-2 is not met: all.score is 70, and must be >=78")
+    assert gate.check({"score": 90.0}, {"previous": {"all.score": 80.0}}) == (
+        "gate all.score>=previous-2: all.score was not measured"
+    )
+    for other in ({}, {"all.score": None}, {"all.score": float("nan")}):
+        assert gate.check({"all.score": 70.0}, {"previous": other}) == (
+            "gate all.score>=previous-2: all.score of previous was not measured"
+        )
+
+
 @pytest.mark.parametrize("value", [None, float("nan")])
 def test_a_metric_that_was_not_measured_meets_no_gate(value: float | None) -> None:
     assert "not measured" in (parse_gate("score>=0").check({"score": value}) or "")
@@ -297,7 +342,13 @@ def test_a_metric_that_was_not_measured_meets_no_gate(value: float | None) -> No
 
 
 @pytest.mark.parametrize(
-    "text", ["score", "score=80", "score>=x", "score>=nan", ">=80", "scor>=80"]
+    "text",
+    [
+        *("score", "score=80", "score>=x", "score>=nan", ">=80", "scor>=80", "score>=inf"),
+        *("old.score>=80", ".score>=80", "all.>=80", "all.scor>=80", "a.b.score>=80"),
+        *("score>=bas", "score>=base/2", "score>=base*", "score>=base-x", "score>=base*nan"),
+        *("score>=base previous", "score>=2*base", "score>=base.score", "score>=Base", ""),
+    ],
 )
 def test_a_wrong_gate_is_refused(text: str) -> None:
     with pytest.raises(InputError):

@@ -194,8 +194,11 @@ class FactLog:
         return found
 
     @contextmanager
-    def database(self, head: Head) -> Iterator[duckdb.DuckDBPyConnection]:
+    def database(
+        self, head: Head, *, in_base: int | None = None
+    ) -> Iterator[duckdb.DuckDBPyConnection]:
         """A database in memory with the view `state`; may use the disk, in a folder that goes."""
+        in_base = self._in_base if in_base is None else in_base
         with tempfile.TemporaryDirectory(prefix="memedit-facts-") as folder:
             settings: dict[str, str | bool | int | float | list[str]] = {
                 "memory_limit": _MEMORY,
@@ -207,7 +210,7 @@ class FactLog:
                 database.execute("SET preserve_insertion_order = false")
                 if head.state is None:
                     database.register("state", CLAIMS.empty_table())
-                elif base := self._last(head, self._in_base):
+                elif base := self._last(head, in_base):
                     database.execute(f"CREATE TEMP TABLE base AS SELECT fact FROM ({base})")
                     database.execute(
                         f"""CREATE TEMP VIEW state AS SELECT * REPLACE (CASE
@@ -254,7 +257,7 @@ class FactLog:
         for _ in range(_TRIES):
             head = self.head()
             at = _now(head)
-            with self.database(head) as database:
+            with self.database(head, in_base=0) as database:  # the log itself knows no base
                 if statements is not None:
                     database.execute(_view("statements", [statements]))
                 change = make(head, Merge(database, sequence=head.sequence + 1, at=at))

@@ -7,6 +7,7 @@ a statement is in `workflows.ingestion.merge`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,9 +17,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from memedit.config import digest_of
 from memedit.errors import InputError
-from memedit.layouts import read_row, to_row
+from memedit.layouts import NATIVE, read_row, to_row
 from memedit.requests import (
     EditRequest,
     Provenance,
@@ -152,7 +152,9 @@ class RowReader:
             return statement | self._named(fields, relation)
         fields = self._with_prompts(fields, relation)
         provenance = Provenance(source=row.place, row=row.row)
-        return statement | statement_of(read_row(fields, provenance=provenance), relation)
+        layout = NATIVE if self.columns or relation is not None else None
+        request = read_row(fields, provenance=provenance, layout=layout)
+        return statement | statement_of(request, relation)
 
     def _fields(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The row by the names of a fact's fields; without a mapping, as it is."""
@@ -188,9 +190,10 @@ class RowReader:
 def statement_of(request: EditRequest, relation: str | None) -> dict[str, Any]:
     """The columns of a fact, with what it is known by."""
     row = to_row(request)
+    content = json.dumps([row, relation], ensure_ascii=False, sort_keys=True)
     return {
         "fact": request.digest[:DIGEST],
-        "content": digest_of(row, relation)[:DIGEST],
+        "content": _digest(content),
         "question": question_of(request.subject, request.prompt),
         "relation": relation,
         "target_true": None,
@@ -202,7 +205,12 @@ def statement_of(request: EditRequest, relation: str | None) -> dict[str, Any]:
 
 def question_of(subject: str, prompt: str) -> str:
     """What two facts share that cannot both be right."""
-    return digest_of(comparable(subject), comparable(prompt))[:DIGEST]
+    # Neither text has a control character.
+    return _digest(f"{comparable(subject)}\0{comparable(prompt)}")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST]
 
 
 def raw_text(raw: Any) -> str:

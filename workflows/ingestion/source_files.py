@@ -58,7 +58,7 @@ class FilesSource:
     def read(self, since: Mark | None) -> Reading | None:
         """See `Source`."""
         files = open_files(self._place[0])
-        found = self._found(files)
+        found = self._found(files, since)
         before: dict[str, Any] = dict(since["files"]) if since else {}
         reader = digest_of(
             dict(self.settings.columns), self.settings.where, self.templates, self.settings.complete
@@ -75,8 +75,9 @@ class FilesSource:
             to_read = found
         elif not to_read:
             return None
-        # The name alone could be that of an older, longer file.
-        rows_before = {} if self.settings.complete else {n: int(known[n][1]) for n in known}
+        # Of a file that was put away the name alone is left, which another one may have now.
+        appends = self.settings.after == "keep" and not self.settings.complete
+        rows_before = {n: int(known[n][1]) for n in known} if appends else {}
         done = {n: known[n] for n in found if n in known and n not in to_read}
         return Reading(
             rows=self._rows(files, to_read, prints, rows_before, done),
@@ -99,7 +100,7 @@ class FilesSource:
             else:
                 open_store(folder).delete([name])
 
-    def _found(self, files: Files) -> list[str]:
+    def _found(self, files: Files, since: Mark | None) -> list[str]:
         """The files that are meant, the oldest name first."""
         pattern = self._place[1]
         if not pattern:
@@ -107,13 +108,22 @@ class FilesSource:
         # Only as deep as the pattern goes: a bucket can be large.
         deep = "/" in pattern or "**" in pattern
         names = [n for n in files.sizes("", deep=deep) if _matches(n, pattern) and not _hidden(n)]
-        if not names and not _PATTERN & set(self.settings.path):
-            raise InputError("no such file or folder", source=self.settings.path)
         if files.here is not None and not files.here.is_dir():
             raise InputError("no such folder", source=files.location, field="source.path")
+        if not names and not self._may_be_empty(files, since):
+            raise InputError("no such file or folder", source=self.settings.path)
         if pattern == "**":  # a folder: what is in it that is no table is not meant
             return [n for n in names if os.path.splitext(n)[1].lower() in READERS]
         return names
+
+    def _may_be_empty(self, files: Files, since: Mark | None) -> bool:
+        """Whether it is no mistake that there is no file."""
+        if _PATTERN & set(self.settings.path):
+            return True
+        if self._place[1] == "**" and files.here is not None:  # a folder that is there
+            return True
+        # What was read may have been put away since; a prefix without objects is not there.
+        return since is not None and (self._place[1] == "**" or self.settings.after != "keep")
 
     def _rows(
         self,
@@ -192,9 +202,10 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
     for name in dict.fromkeys(n for row in rows for n in row):
         values = [_cell(row.get(name)) for row in rows]
         try:
-            columns[name] = pa.array(values)
-        except (pa.ArrowException, OverflowError):
-            columns[name] = pa.array([None if v is None else str(v) for v in values], pa.string())
+            column = pa.array(values)
+        except (pa.ArrowException, OverflowError, UnicodeError):
+            column = pa.array([None if v is None else _written(v) for v in values], pa.string())
+        columns[_written(name)] = column
     columns[_POSITION] = pa.array(range(len(rows)), pa.int64())
     return pa.table(columns)
 
@@ -203,6 +214,11 @@ def _cell(value: Any) -> Any:
     if isinstance(value, list | dict | tuple):
         return json.dumps(value, ensure_ascii=False, default=str)
     return value
+
+
+def _written(value: Any) -> str:
+    """A value as a text that can be stored: half a character is written out."""
+    return str(value).encode(errors="backslashreplace").decode()
 
 
 def _split(path: str) -> tuple[str, str]:

@@ -42,20 +42,25 @@ def parse_source(values: Mapping[str, Any]) -> AnySource:
     kind = values.get("kind", "files")
     if kind == "inbox":  # a folder in which files are dropped is a folder of files
         kind = values["kind"] = "files"
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise InputError(
             f"not allowed: {kind!r}{did_you_mean(str(kind), KINDS)}", field="source.kind"
         )
     names = KINDS[kind].__dataclass_fields__
     for name in values:
         if name not in names:
-            raise InputError(f"no such field{did_you_mean(name, names)}", field=f"source.{name}")
+            raise InputError(
+                f"no such field{did_you_mean(str(name), names)}", field=f"source.{name}"
+            )
     try:
         found: AnySource = TypeAdapter(KINDS[kind]).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(["source", *(str(part) for part in first["loc"])])
         raise InputError(f"{first['msg']}, but it is {first['input']!r}", field=where) from None
+    if not place_of(found).strip():
+        name = "table" if isinstance(found, IcebergSettings) else "path"
+        raise InputError("must not be empty", field=f"source.{name}")
     for role in found.columns:
         if role not in FIELDS:
             raise InputError(
@@ -119,7 +124,7 @@ def _from_file(path: str) -> dict[str, Any]:
     try:
         text = file.read().decode()
         value = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"not a template table: {error}", source=path) from None
     if not isinstance(value, dict):
         raise InputError("a template table is a mapping of relations to prompts", source=path)

@@ -239,7 +239,7 @@ class TestRaces:
                 except LockError:  # the others were quicker, twenty times
                     continue
 
-        with ThreadPoolExecutor(6) as pool:
+        with ThreadPoolExecutor(4) as pool:
             heads = list(pool.map(add, range(20)))
         assert sorted(h.sequence for h in heads) == list(range(1, 21))
         assert place.active() == {(f"X{n}", "Rome") for n in range(20)}
@@ -274,6 +274,21 @@ class TestScratch:
         place.add(says("X", "Rome"), log=scratch)
         assert place.active(scratch) == {("X", "Rome")}
         assert not place.folder.exists()
+
+
+class TestOnBase:
+    def test_what_the_base_says_is_compacted_for_who_asks_and_active_in_the_log(
+        self, place: Place
+    ) -> None:
+        place.add(says("X", "Rome", id="1"), says("Y", "Bonn", id="2"))
+        place.add(says("Z", "Oslo", id="3"))
+        log = place.log.on_base(1)
+        assert place.active(log) == {("Z", "Oslo")}
+        assert (log.count(log.head()), place.log.count(log.head())) == (1, 3)
+        place.add(says("X", "Kyiv", id="1"), log=log)
+        assert place.active(log) == {("Z", "Oslo"), ("X", "Kyiv")}
+        assert place.active() == {("Z", "Oslo"), ("X", "Kyiv"), ("Y", "Bonn")}
+        assert place.log.head().counts == {"active": 3, "superseded": 1}
 
 
 class TestDifference:

@@ -13,7 +13,8 @@ from memedit.errors import InputError
 from memedit.progress import Silent
 from tests.workflows.runs import write_rows
 from workflows.ingestion import register as module
-from workflows.ingestion.fact_log import HEAD, FactLog
+from workflows.ingestion.fact_log import HEAD, Change, FactLog, Head
+from workflows.ingestion.merge import Held, Merge
 from workflows.ingestion.register import Registered, register, register_table
 from workflows.ingestion.settings import IngestJob
 from workflows.ingestion.source import SourceRow
@@ -46,6 +47,14 @@ class Place:
 
     def rejects(self) -> list[dict[str, Any]]:
         return self.log.rejected(self.log.head(), limit=99)
+
+
+def _taken_out(head: Head, merge: Merge) -> Change:
+    """A person takes every fact out."""
+    rows = merge.database.execute("SELECT source, fact FROM state").fetchall()
+    held = [Held(source=s, fact=f, held="retracted", reason="by hand") for s, f in rows]
+    merge.hold(held, run="h", rule="newest", priority=())
+    return Change()
 
 
 @pytest.fixture
@@ -126,6 +135,15 @@ class TestBadRows:
         assert place.register().rejected == 1
         (reject,) = place.rejects()
         assert json.loads(reject["raw"]) == {"id": "9", "retracted": True}
+
+    def test_they_get_a_second_chance_when_the_mapping_changes(self, place: Place) -> None:
+        ada = {"subject": "Ada", "relation": "P19", "target_new": "Bath"}
+        place.put("1.jsonl", says("X", "Rome"), ada)
+        assert place.register().rejected == 1
+        assert place.active() == {"Rome"}
+        place.log.commit(_taken_out)
+        assert place.register(source={"templates": {"P19": "{} was born in"}}).rejected == 0
+        assert place.active() == {"Bath"}  # what was read before says nothing new
 
     def test_a_row_of_ten_megabytes(self, place: Place) -> None:
         place.put("1.jsonl", says("X", "Rome", note="x" * 10_000_000), says("Y", "Bonn"))
