@@ -213,6 +213,9 @@ def clean_text(value: object, *, field: str, one_line: bool = False) -> str:
     """
     if not isinstance(value, str):
         raise InputError(f"expected text, found {type_name(value)}", field=field)
+    text = value.strip()
+    if text and text.isascii() and text.isprintable():
+        return text  # as most are, in a million rows
     text = unicodedata.normalize("NFC", value).strip()
     for match in _CONTROL.finditer(text):
         if one_line or match[0] not in "\n\r\t":
