@@ -33,8 +33,9 @@ demo: $(STAMP)  ## Edit the embedded default model with examples/facts.jsonl
 	$(BIN)/memedit edit --model smollm2 --facts examples/facts.jsonl --out $(DEMO)
 	@echo "Report: file://$(CURDIR)/$(DEMO)/report.html"
 
-test: unit  ## All tests
-	$(BIN)/python -m pytest -m "not unit"
+test: $(STAMP)  ## All tests: side by side what may, then the rest
+	$(BIN)/python -m pytest -n auto -m beside
+	$(BIN)/python -m pytest -m "not beside"
 
 check: lint unit  ## Style, types, import directions and the fast tests of single modules
 

@@ -20,15 +20,22 @@ torch.set_num_threads(1)
 
 
 _OF_MODULES = ("memedit", "cluster", "workflows")
+_BESIDE = (*_OF_MODULES, "equivalence", "examples", "benchmarks", "s3")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the fast tests of single modules, which run side by side."""
+    """Mark what may run side by side, and of it the fast tests of single modules.
+
+    Ray, faults and whole worlds want the machine for themselves.
+    """
     for item in items:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
-        if folder in _OF_MODULES and not {"slow", "ray"} & {m.name for m in item.iter_markers()}:
-            item.add_marker("unit")
+        marks = {mark.name for mark in item.iter_markers()}
+        if folder in _BESIDE and "ray" not in marks:
+            item.add_marker("beside")
+            if folder in _OF_MODULES and "slow" not in marks:
+                item.add_marker("unit")
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,15 @@
 """Facts in files: a folder or a glob, here or under an `s3://` prefix.
 
-Each file has a fingerprint in the mark, and how many of its rows were read: a new file, or one that
-has changed, is read; rows that were read before are said again. Knows files and their columns; does
+Each file has a fingerprint in the mark, how many of its rows were read, and a digest of its bytes. A
+new file, or one that has changed, is read; where it still begins as it was, the rows of that part
+were read before. Knows files and their columns; does
 not know what makes a row a fact (`workflows.ingestion.rows`).
 """
 
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import itertools
 import json
 import os
@@ -77,10 +79,10 @@ class FilesSource:
             return None
         # Of a file that was put away the name alone is left, which another one may have now.
         appends = self.settings.after == "keep" and not self.settings.complete
-        rows_before = {n: int(known[n][1]) for n in known} if appends else {}
+        before_now = {n: known[n] for n in known} if appends else {}
         done = {n: known[n] for n in found if n in known and n not in to_read}
         return Reading(
-            rows=self._rows(files, to_read, prints, rows_before, done),
+            rows=self._rows(files, to_read, prints, before_now, done),
             mark={"reader": reader, "files": done},
             snapshot=_named(to_read),
             complete=self.settings.complete,
@@ -92,7 +94,7 @@ class FilesSource:
             return
         folder = self._place[0]
         files = open_files(folder)
-        for name, (fingerprint, _) in mark["files"].items():
+        for name, (fingerprint, *_) in mark["files"].items():
             if files.size(name) is None or files.fingerprint(name) != fingerprint:
                 continue
             if self.settings.after == "archive":
@@ -130,23 +132,35 @@ class FilesSource:
         files: Files,
         names: Iterable[str],
         prints: dict[str, Any],
-        rows_before: dict[str, int],
+        before: dict[str, Any],
         done: dict[str, Any],
     ) -> Iterator[list[SourceRow]]:
         for name in names:
             count = 0
             file = File(files, name)
+            seen = self._seen(file, before.get(name))
+            size = files.size(name)
             rows = self._file_rows(file)
             while portion := list(itertools.islice(rows, PORTION)):
                 count = max(count, portion[-1].row)
-                known = rows_before.get(name, 0)
                 yield [
-                    SourceRow(raw=r.raw, place=r.place, row=r.row, again=0 < r.row <= known)
+                    SourceRow(raw=r.raw, place=r.place, row=r.row, again=0 < r.row <= seen)
                     for r in self._matching(portion)
                 ]
             # What has changed meanwhile is read again the next time.
-            after = files.fingerprint(name) if files.size(name) is not None else None
-            done[name] = [prints[name] if after == prints[name] else None, count]
+            there = files.size(name) is not None
+            same = there and files.fingerprint(name) == prints[name]
+            content = _content(file, size) if there and not self.settings.complete else None
+            done[name] = [prints[name] if same else None, count, content]
+
+    def _seen(self, file: File, before: Any) -> int:
+        """How many of a file's first rows were read before; none of one that was written anew."""
+        if before is None or before[2] is None:
+            return 0
+        size, _ = before[2]
+        if (file.files.size(file.name) or 0) < size:
+            return 0
+        return int(before[1]) if _content(file, size) == before[2] else 0
 
     def _file_rows(self, file: File) -> Iterator[SourceRow]:
         partition = _partition(file.name)
@@ -194,6 +208,17 @@ class FilesSource:
 
 
 _POSITION = "__position__"
+_CHUNK = 1 << 20
+
+
+def _content(file: File, size: int | None = None) -> list[Any]:
+    """Size and digest of the first bytes of a file; without `size`, of all."""
+    found, read = hashlib.sha256(), 0
+    with file.open() as content:
+        while chunk := content.read(_CHUNK if size is None else min(_CHUNK, size - read)):
+            found.update(chunk)
+            read += len(chunk)
+    return [read, found.hexdigest()]
 
 
 def _table(rows: list[dict[str, Any]]) -> pa.Table:

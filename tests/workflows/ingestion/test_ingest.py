@@ -461,3 +461,58 @@ def test_settings_that_are_wrong(nights: Nights, fields: dict[str, Any], field: 
     ran = nights.ingest(**fields)
     assert (ran.code, ran.error["field"]) == (2, field)
     assert nights.current is None
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def test_an_iceberg_table_is_followed(nights: Nights) -> None:
+    import pyarrow as pa
+    from pyiceberg.catalog.sql import SqlCatalog
+    from pyiceberg.expressions import EqualTo
+
+    warehouse = nights.folder / "warehouse"
+    warehouse.mkdir(parents=True)
+    catalog = SqlCatalog(
+        "default", uri=f"sqlite:///{warehouse}/catalog.db", warehouse=f"file://{warehouse}"
+    )
+    catalog.create_namespace("facts")
+    names = ("id", "subject", "prompt", "target_new")
+    rows = pa.Table.from_pylist([{n: row[n] for n in names} for row in (EIFFEL, DARRIEUX)])
+    table = catalog.create_table("facts.all", schema=rows.schema)
+    table.append(rows)
+    source = {"kind": "iceberg", "catalog": "warehouse/catalog.db", "table": "facts.all"}
+    assert nights.ingest(source=source).result["facts"]["active"] == 2
+    table.append(pa.Table.from_pylist([{n: TOYOTA[n] for n in names}]))
+    assert nights.ingest().result["facts"]["added"] == 1
+    table.delete(EqualTo("id", "eiffel"))
+    result = nights.ingest().result
+    assert (result["facts"]["active"], result["facts"]["retracted"]) == (2, 1)
+    assert nights.said() == targets([DARRIEUX, TOYOTA])
+    assert nights.ingest().result["status"] == "unchanged"
+    catalog.close()
+
+
+def test_a_delta_table_is_followed_by_its_change_feed(nights: Nights) -> None:
+    import pyarrow as pa
+    from deltalake import DeltaTable, write_deltalake
+
+    names = ("id", "subject", "prompt", "target_new")
+    rows = pa.Table.from_pylist([{n: row[n] for n in names} for row in (EIFFEL, DARRIEUX)])
+    path = nights.folder / "table"
+    feed = {"delta.enableChangeDataFeed": "true"}
+    write_deltalake(path, rows, configuration=feed)
+    assert nights.ingest(source={"kind": "delta", "path": "table"}).result["facts"]["active"] == 2
+    table = DeltaTable(path)
+    table.update(predicate="id = 'eiffel'", updates={"target_new": "'Madrid'"})
+    table.delete("id = 'darrieux'")
+    result = nights.ingest().result
+    assert result["facts"] == {
+        "active": 1,
+        "added": 1,
+        "superseded": 1,
+        "retracted": 1,
+        "rejected": 0,
+    }
+    assert nights.said() == targets([PARIS])
+    assert nights.ingest().result["status"] == "unchanged"
