@@ -1,9 +1,9 @@
 """Facts in files: a folder or a glob, here or under an `s3://` prefix.
 
-Each file has a fingerprint in the mark, how many of its rows were read, and a digest of its bytes. A
-new file, or one that has changed, is read; where it still begins as it was, the rows of that part
-were read before. Knows files and their columns; does
-not know what makes a row a fact (`workflows.ingestion.rows`).
+Each file has a fingerprint in the mark, how many of its rows were read, and a digest of its bytes.
+A new file, or one that has changed, is read; where it still begins as it was, the rows of that
+part were read before. Knows files and their columns; does not know what makes a row a fact
+(`workflows.ingestion.rows`).
 """
 
 from __future__ import annotations
