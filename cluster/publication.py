@@ -140,6 +140,7 @@ class S3Publication(Publication):
             if left & _ENDS or (left and not dead):
                 raise self._not_empty()
             if dead:
+                self._guard.check()
                 self._clear()
             # After hours of work it would be too late to learn that they may not be listed.
             self.place.uploads("")

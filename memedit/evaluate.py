@@ -283,5 +283,7 @@ def measurable(requests: Sequence[EditRequest], settings: EvaluationSettings) ->
         "fluency": settings.fluency_facts > 0,
         "perplexity": settings.heldout_tokens > 1,
     }
-    found |= dict.fromkeys(("drift_kl", "drift_top1"), neighbours and settings.drift_prompts > 0)
+    edited = {text for r in requests for text in (r.text, *r.paraphrases)}
+    others = any(n.prompt not in edited for r in requests for n in r.neighbourhood)
+    found |= dict.fromkeys(("drift_kl", "drift_top1"), others and settings.drift_prompts > 0)
     return frozenset(name for name, there in found.items() if there)

@@ -57,6 +57,8 @@ def new_version(
         InputError: The place cannot be written to, or is not empty.
         LockError: CURRENT was moved meanwhile.
     """
+    if guard is not None:
+        guard.check()  # what lies there may be another run's by now
     if removal.is_decided(registry.store, run_id):  # and has not ended: somebody was killed
         removal.erase(registry.store, run_id)
     seen = registry.current()

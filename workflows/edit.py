@@ -39,7 +39,7 @@ from memedit.solve import METHODS, solve_device
 from memedit.stages import SolvedLayer, find_targets, judge, solve_layers
 from memedit.targets import Target
 from workflows.destination import destination
-from workflows.facts import FactTable, read_facts, write_facts, write_rejects
+from workflows.facts import FactTable, Reject, read_facts, write_facts, write_rejects
 from workflows.findings import METRIC
 from workflows.gates import Gate
 from workflows.moments import TokenSource, corpus_of, load_stats, moments_for
@@ -62,6 +62,9 @@ class Review(Protocol):
         Raises:
             InputError: What is asked for can never be measured on them.
         """
+
+    def refuse(self, rejects: Sequence[Reject]) -> None:
+        """Some facts cannot be written into the model; unless this raises, the others are."""
 
     def accept(self, trial: Trial) -> None:
         """Look at what was made; it is published unless this raises.
@@ -99,7 +102,7 @@ def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
         # Everything that can be wrong with the input is found before a weight is loaded.
         timed.start("load")
         table = read_facts(job.facts, on_bad_row=job.on_bad_row)
-        outcome, _ = edit_facts(
+        outcome = edit_facts(
             job, table, publication, timed, run_id=run_id, review=ReviewAll(job=job)
         )
     return replace(outcome, timings_s=timed.timings_s)
@@ -115,7 +118,7 @@ def edit_facts(
     review: Review,
     counted: Base | None = None,
     notes: Mapping[str, Any] | None = None,
-) -> tuple[EditOutcome, FactTable]:
+) -> EditOutcome:
     """Write the facts of a table into the job's model, and publish what comes out.
 
     Args:
@@ -127,9 +130,6 @@ def edit_facts(
         review: Judges what comes out.
         counted: The model whose second moments are used, where it is not the job's.
         notes: Kept among the settings in the manifest.
-
-    Returns:
-        The outcome, and the table with those facts rejected that could not be edited.
 
     Raises:
         InputError: The input or the settings are wrong; nothing was written.
@@ -153,7 +153,7 @@ def edit_facts(
         heldout_tokens=job.evaluation_settings.heldout_tokens,
         artifacts=artifacts,
     )
-    given = load_stats(job.stats, base, settings, artifacts) if job.stats else None
+    given = load_stats(job.stats, counted or base, settings, artifacts) if job.stats else None
 
     with open_workers(job, base.spec(), timed) as executor:
         _require_shared(executor, publication)
@@ -190,6 +190,7 @@ def edit_facts(
                 table = table.reject(case_id, reason)
             if job.on_bad_row == "fail":
                 table.require_no_rejects()
+            review.refuse(table.rejects)
             table.require_requests()
             batch = table.batch
             encoded = [e for e in encoded if e.request.case_id not in quarantined]
@@ -273,7 +274,7 @@ def edit_facts(
 
     write_report(outcome, publication.staging / REPORT_NAME)
     publication.publish(_manifest(outcome, base, batch, product, moments.digests))
-    return outcome, table
+    return outcome
 
 
 def _counts(table: FactTable, publication: Publication) -> FactCounts:
@@ -349,6 +350,9 @@ class ReviewAll:
         """See `Review`: all of them, if the gates can be measured on them."""
         check_measurable(self.job.gates, requests, self.job.evaluation_settings, self.job.facts)
         return requests
+
+    def refuse(self, rejects: Sequence[Reject]) -> None:
+        """See `Review`: the report and the table of rejects say it."""
 
     def accept(self, trial: Trial) -> None:
         """See `Review`."""

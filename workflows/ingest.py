@@ -10,14 +10,16 @@ killed anywhere is simply run again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from cluster import removal
 from cluster.artifacts import open_artifacts
 from cluster.registry import Registry
-from cluster.store import ABSENT, Guard, join
-from memedit.errors import GateError, LockError, MemeditError
+from cluster.store import Guard, Store, join
+from memedit.errors import GateError, LockError
 from memedit.progress import Progress
 from workflows.destination import new_version
 from workflows.edit import edit_facts
@@ -28,7 +30,7 @@ from workflows.ingestion.fact_log import FactLog
 from workflows.ingestion.history_page import publish_page
 from workflows.ingestion.notice import Notice
 from workflows.ingestion.register import Registered, register
-from workflows.ingestion.review import ReviewSample
+from workflows.ingestion.review import RefusedError, ReviewSample
 from workflows.ingestion.runs import Runs
 from workflows.ingestion.settings import IngestJob
 from workflows.moments import TokenSource, corpus_of, moments_for
@@ -95,7 +97,7 @@ def ingest(job: IngestJob, progress: Progress) -> IngestOutcome:
     notice.begun()
     try:
         outcome = _ingest(job, _Counting(progress), notice)
-    except LockError:  # another run does the work: nothing has failed
+    except _BusyError:  # another run does the work: nothing has failed
         notice.left_out()
         raise
     except BaseException as error:
@@ -115,26 +117,62 @@ def _ingest(job: IngestJob, timed: _Counting, notice: Notice) -> IngestOutcome:
         return _planned(job, log, registry, registered, timed)
     registered = register(job, log, run=attempt, progress=timed)
     notice.read(registered.snapshot)
-    with log.store.lock() as guard:
-        desired = desired_state(job, edit_job(job), log, registry, timed)
-        outcome = _reconcile(job, registry, desired, guard, timed, attempt, registered)
+    with _locked(log.store) as guard:
+        outcome = _until_current(job, log, registry, guard, timed, attempt, registered)
         if outcome.status != "unchanged" or registered.snapshot is not None:
             _tell_history(log, registry, timed)
     return replace(
         outcome,
-        facts={**outcome.facts, "rejected": registered.rejected + outcome.facts["rejected"]},
         timings_s=timed.timings_s | {"read": registered.seconds},
         notes=(*registered.notes, *outcome.notes),
         targets=timed.targets,
     )
 
 
+class _BusyError(LockError):
+    """Another run works on the registry."""
+
+
+@contextmanager
+def _locked(store: Store) -> Iterator[Guard | None]:
+    with ExitStack() as held:
+        try:
+            guard = held.enter_context(store.lock())
+        except LockError as error:
+            raise _BusyError(str(error)) from error
+        yield guard
+
+
 def _tell_history(log: FactLog, registry: Registry, progress: Progress) -> None:
     """The page is for people: without it all is published just the same."""
     try:
         publish_page(log, registry)
-    except (MemeditError, OSError) as error:
+    except Exception as error:
         progress.message(f"the history page was not written: {error}")
+
+
+def _until_current(
+    job: IngestJob,
+    log: FactLog,
+    registry: Registry,
+    guard: Guard | None,
+    timed: _Counting,
+    attempt: str,
+    registered: Registered,
+) -> IngestOutcome:
+    """Bring CURRENT to the version that should be there; begin anew where facts are refused."""
+    refused = 0
+    while True:
+        desired = desired_state(job, edit_job(job), log, registry, timed)
+        refused += desired.refused
+        try:
+            outcome = _reconcile(job, registry, desired, guard, timed, attempt, registered)
+        except RefusedError as error:  # kept are the z vectors of all others
+            quarantine(log, error.reasons, run=desired.run_id, job=job)
+            refused += len(error.reasons)
+            timed.targets = {"computed": 0, "reused": 0}
+            continue
+        return replace(outcome, facts={**outcome.facts, "rejected": registered.rejected + refused})
 
 
 def _reconcile(
@@ -147,19 +185,20 @@ def _reconcile(
     registered: Registered,
 ) -> IngestOutcome:
     """Bring CURRENT to the version that should be there."""
-    runs = Runs(registry.store)
+    runs = Runs(registry.store, guard)
     done = IngestOutcome(
         run_id=desired.run_id,
         status="unchanged",
         version=desired.current,
-        facts=desired.counts | {"rejected": 0},
+        facts=desired.counts,
         notes=desired.notes,
     )
     if desired.is_nothing:
         return done
     if desired.is_current:
         assert desired.current is not None, "it is CURRENT"
-        runs.finish(desired.current)  # a run may have been killed just before its end
+        # A run may have been killed just before its end.
+        runs.finish(desired.current, desired.head)
         return replace(done, metrics=_metrics_of(registry, desired.current))
     if desired.was_rolled_back:
         note = (
@@ -167,12 +206,15 @@ def _reconcile(
             " where it is until they or the settings change"
         )
         return replace(done, notes=(*desired.notes, note))
+    if guard is not None:
+        guard.check()
     if desired.exists:  # the facts are again what they were once
-        seen = registry.current()
-        registry.move(desired.run_id, expected=seen.token if seen else ABSENT, by="publish")
-        runs.finish(desired.run_id)
+        registry.move(desired.run_id, expected=desired.seen, by="publish")
+        runs.finish(desired.run_id, desired.head)
         metrics = _metrics_of(registry, desired.run_id)
         return replace(done, status="published", version=desired.run_id, metrics=metrics)
+    if desired.run_id in registry.ids():  # damaged, or half removed
+        removal.erase(registry.store, desired.run_id)
     runs.claim(desired, attempt=attempt, rejected=registered.rejected)
     try:
         return _make(job, registry, desired, guard, timed, runs, done)
@@ -212,7 +254,7 @@ def _make(
             if not desired.requests:
                 outcome = publish_base(desired, publication, timed)
             else:
-                outcome, facts = edit_facts(
+                outcome = edit_facts(
                     edit,
                     facts,
                     publication,
@@ -232,13 +274,7 @@ def _make(
             hurt=tuple(verdict.hurt),
             report=runs.gated(desired.run_id, verdict),
         )
-    also: tuple[str, ...] = ()
-    if facts.rejects:  # the version is that of the facts without them
-        quarantine(desired.log, facts.rejects, run=desired.run_id, job=job)
-        now = desired_state(job, edit_job(job), desired.log, registry, timed)
-        also, counts = (now.run_id,), desired.counts | {"active": now.active}
-        done = replace(done, facts=counts | {"rejected": len(facts.rejects)})
-    runs.published(desired.run_id, outcome, review.verdict, also=also)
+    runs.published(desired.run_id, desired.head, outcome, review.verdict)
     return replace(
         done,
         status="published",
@@ -250,6 +286,8 @@ def _make(
 
 def _count_on_base(edit: EditJob, base: Base, desired: Desired, timed: Timed) -> None:
     """See that the base's second moments are there: the version on top has none of its own."""
+    if edit.stats is not None:
+        return
     artifacts = open_artifacts(
         edit.artifacts, cache=edit.cache_folder, storage=edit.storage_settings
     )
@@ -286,7 +324,7 @@ def _planned(
         run_id=desired.run_id,
         status="planned",
         version=desired.current,
-        facts=desired.counts | {"rejected": registered.rejected},
+        facts=desired.counts | {"rejected": registered.rejected + desired.refused},
         timings_s=timed.timings_s | {"read": registered.seconds},
         notes=(*registered.notes, *desired.notes),
         changes={"would": would, **desired.examples()},

@@ -167,15 +167,20 @@ def encode_facts(
     Raises:
         InputError: A fact was rejected and `on_bad_row` is "fail", or none is left.
     """
+    return sift(table, lambda request: encode_fact(request, base, contexts), on_bad_row=on_bad_row)
+
+
+def encode_fact(request: EditRequest, base: Base, contexts: Sequence[str]) -> EncodedRequest:
+    """Token ids of one fact.
+
+    Raises:
+        InputError: It cannot be placed, or a text is longer than the model reads.
+    """
     positions = positions_of(base.config)
-
-    def encoded(request: EditRequest) -> EncodedRequest:
-        one = encode_request(base.tokenizer, request, contexts)
-        _check_length(one, positions)
-        check_prompts(base.tokenizer, request, positions)
-        return one
-
-    return sift(table, encoded, on_bad_row=on_bad_row)
+    one = encode_request(base.tokenizer, request, contexts)
+    _check_length(one, positions)
+    check_prompts(base.tokenizer, request, positions)
+    return one
 
 
 def sift(

@@ -6,6 +6,7 @@ quarantines. How a version is made is in `workflows.ingest`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -14,25 +15,30 @@ from typing import Any
 from cluster.artifacts import open_artifacts
 from cluster.current import Current, folder_of
 from cluster.registry import Registry
-from cluster.store import join
+from cluster.store import ABSENT, join, open_file
 from memedit.config import EditSettings, digest_of
 from memedit.errors import InputError
 from memedit.progress import Progress
 from memedit.requests import EditRequest
-from workflows.facts import FactTable, Reject
+from workflows.findings import plural
 from workflows.ingestion.compacted import compacted_at
 from workflows.ingestion.fact_log import Change, Difference, FactLog, Head, request_of
 from workflows.ingestion.merge import Held, Merge
 from workflows.ingestion.rows import DIGEST
 from workflows.ingestion.runs import Runs
 from workflows.ingestion.settings import IngestJob
-from workflows.moments import TokenSource, corpus_of
-from workflows.session import Base, contexts_of, encode_facts, open_base, settings_of
+from workflows.moments import STATS_NAME, TokenSource, corpus_of
+from workflows.session import Base, contexts_of, encode_fact, open_base, settings_of
 from workflows.settings import EditJob
 
 _VERSION = 1
 """Rises when the same facts and settings begin to give another model."""
 _EXAMPLES = 20
+_PORTION = 2000
+_COLUMNS = (
+    "id, subject, prompt, target_new, target_true, paraphrases, neighbourhood, source, place, row,"
+    " relation, fact"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +55,10 @@ class Desired:
     difference: Difference = field(repr=False)
     """Against what CURRENT says."""
     current: str | None
+    seen: str
+    """The token of CURRENT when it was looked at."""
+    refused: int
+    """How many facts were quarantined on the way."""
     exists: bool
     """It was made before, and is whole."""
     is_current: bool
@@ -82,8 +92,7 @@ class Desired:
         """The active facts as they lie in the log, in canonical order."""
         rows = self.log.select(
             self.head,
-            "SELECT id, subject, prompt, target_new, target_true, paraphrases, neighbourhood,"
-            " source, place, row, relation, fact FROM state WHERE state = 'active' ORDER BY fact",
+            f"SELECT {_COLUMNS} FROM state WHERE state = 'active' ORDER BY fact",
         )
         if self.on_top is None:
             return rows
@@ -93,6 +102,20 @@ class Desired:
     def requests(self) -> tuple[EditRequest, ...]:
         """What is written into the model."""
         return tuple(request_of(row) for row in self.rows)
+
+    @cached_property
+    def texts(self) -> frozenset[str]:
+        """The prompts of all facts that are written, filled in."""
+        return frozenset(request.text for request in self.requests)
+
+    def sample(self, count: int) -> list[EditRequest]:
+        """Facts that the version must say, new or old: those with the smallest digests."""
+        rows = self.log.select(
+            self.head,
+            f"SELECT {_COLUMNS} FROM state WHERE state IN ('active', 'compacted') ORDER BY fact"
+            f" LIMIT {int(count)}",
+        )
+        return [request_of(row) for row in rows]
 
     @cached_property
     def relations(self) -> Mapping[str, str]:
@@ -149,18 +172,30 @@ def desired_state(
     if (baked := compacted_at(log.store, base.checkpoint.digest)) is not None:
         log = log.on_base(baked)
     difference = log.difference(head, since)
-    head, refused = _quarantine_unreadable(log, head, difference, edit, base, job, progress)
-    if refused:
-        difference = log.difference(head, since)
     active = log.count(head)
     settings = settings_of(edit, base, max(1, active), progress)
+    refused = _unreadable(log, head, difference, base, settings)
+    if refused:
+        for reason in list(refused.values())[:5]:
+            progress.message(f"a fact is quarantined: {reason}")
+        head = quarantine(log, refused, run=job.run_id or "", job=job)
+        difference = log.difference(head, since)
+        active = log.count(head)
+        settings = settings_of(edit, base, max(1, active), progress)
     sequential = job.mode == "sequential"
     run_id = _run_id(log, head, edit, base, settings, current if sequential else None)
     version = current.version if current else None
+    exists = _is_whole(registry, run_id)
     is_current = version is not None and (
-        version == run_id or run_id in runs.also(version) or (sequential and not difference.added)
+        (version == run_id and exists) or (sequential and not difference.added)
     )
-    notes = [f"{refused} facts cannot be put to this model and are quarantined"] if refused else []
+    notes = []
+    if refused:
+        notes.append(f"{plural(len(refused), 'fact')} quarantined: this model cannot be asked")
+    if baked is not None and (stuck := log.stuck(head)):
+        notes.append(
+            f"{plural(stuck, 'fact')} of the base retracted since: they stay in its weights"
+        )
     if sequential and (difference.retracted or difference.superseded):
         notes.append("--mode sequential cannot take facts out of the model")
     return Desired(
@@ -172,7 +207,9 @@ def desired_state(
         settings=settings,
         difference=difference,
         current=version,
-        exists=_is_whole(registry, run_id),
+        exists=exists,
+        seen=current.token if current else ABSENT,
+        refused=len(refused),
         is_current=is_current,
         was_rolled_back=_rolled_back(current, run_id),
         sequential=sequential,
@@ -180,21 +217,18 @@ def desired_state(
     )
 
 
-def quarantine(
-    log: FactLog, rejects: Sequence[Reject], *, run: str, job: IngestJob, state: str = "quarantined"
-) -> Head:
-    """Take facts out of the active ones, each with its reason."""
-    reasons = {str(reject.raw["id"]): reject.reason for reject in rejects}
+def quarantine(log: FactLog, refused: Mapping[str, str], *, run: str, job: IngestJob) -> Head:
+    """Take facts out of the active ones: reason by the fact's digest."""
 
     def make(head: Head, merge: Merge) -> Change:
         rows = merge.database.execute(
-            "SELECT source, fact, id FROM state WHERE state = 'active'"
-            " AND id IN (SELECT unnest($ids))",
-            {"ids": sorted(reasons)},
+            "SELECT source, fact FROM state WHERE state = 'active'"
+            " AND fact IN (SELECT unnest($facts))",
+            {"facts": sorted(refused)},
         ).fetchall()
         held = [
-            Held(source=source, fact=fact, held=state, reason=reasons[name])
-            for source, fact, name in rows
+            Held(source=source, fact=fact, held="quarantined", reason=refused[fact])
+            for source, fact in rows
         ]
         merge.hold(held, run=run, rule=job.conflicts, priority=job.priority)
         return Change()
@@ -202,52 +236,29 @@ def quarantine(
     return log.commit(make)
 
 
-def _quarantine_unreadable(
+def _unreadable(
     log: FactLog,
     head: Head,
     difference: Difference,
-    edit: EditJob,
     base: Base,
-    job: IngestJob,
-    progress: Progress,
-) -> tuple[Head, int]:
-    """Look at the facts that are new; those that were active before were looked at then."""
-    rows = log.select(
-        head,
-        "SELECT * FROM state WHERE state = 'active' AND fact IN (SELECT unnest($added))",
-        {"added": sorted(difference.added)},
-    )
-    if not rows:
-        return head, 0
-    table = FactTable(
-        source=log.location, requests=tuple(request_of(row) for row in rows), read=len(rows)
-    )
-    settings = settings_of(edit, base, max(1, log.count(head)), progress)
-    try:
-        table, _ = encode_facts(table, base, contexts_of(settings, base, None), on_bad_row="skip")
-        rejects = table.rejects
-    except InputError:  # none of them can
-        rejects = _all_rejected(table, edit, base, settings)
-    if not rejects:
-        return head, 0
-    for reject in rejects[:5]:
-        progress.message(f"fact {reject.raw['id']} is quarantined: {reject.reason}")
-    return quarantine(log, rejects, run=job.run_id or "", job=job), len(rejects)
-
-
-def _all_rejected(
-    table: FactTable, edit: EditJob, base: Base, settings: EditSettings
-) -> tuple[Reject, ...]:
-    """The reason of each, where no fact of a table is left."""
-    found: list[Reject] = []
-    for request in table.requests:
-        one = replace(table, requests=(request,))
-        try:
-            encode_facts(one, base, contexts_of(settings, base, None), on_bad_row="fail")
-        except InputError as error:
-            rejected = one.reject(request.case_id, error.message, field=error.field)
-            found += rejected.rejects
-    return tuple(found)
+    settings: EditSettings,
+) -> dict[str, str]:
+    """Facts that cannot be put to the model, with the reason; only new ones are looked at."""
+    contexts = contexts_of(settings, base, None)
+    found: dict[str, str] = {}
+    added = sorted(difference.added)
+    for start in range(0, len(added), _PORTION):
+        rows = log.select(
+            head,
+            "SELECT * FROM state WHERE state = 'active' AND fact IN (SELECT unnest($added))",
+            {"added": added[start : start + _PORTION]},
+        )
+        for row in rows:
+            try:
+                encode_fact(request_of(row), base, contexts)
+            except InputError as error:
+                found[row["fact"]] = error.message
+    return found
 
 
 def _run_id(
@@ -271,25 +282,32 @@ def _run_id(
         base.checkpoint.digest,
         log.digest(head),
         asdict(chosen),
-        edit.stats or source.digest,
+        _digest_of_stats(edit.stats) if edit.stats else source.digest,
         edit.dtype,
         dict(edit.architecture),
         on_top.version if on_top else None,
     )[:16]
 
 
+def _digest_of_stats(location: str) -> str:
+    """Of given statistics, wherever they lie."""
+    return hashlib.sha256(open_file(join(location, STATS_NAME)).read()).hexdigest()
+
+
 def _is_whole(registry: Registry, run_id: str) -> bool:
     try:
-        registry.require_whole(run_id)
+        return not registry.require_whole(run_id).removing
     except InputError:
         return False
-    return True
 
 
 def _rolled_back(current: Current | None, run_id: str) -> bool:
-    if current is None or current.moves[-1].by != "rollback":
-        return False
-    return current.version != run_id and any(move.version == run_id for move in current.moves)
+    """Whether people have moved CURRENT away from this version, and no run has moved it since."""
+    moves = list(current.moves) if current else []
+    while moves and moves[-1].by == "rollback":
+        moves.pop()
+    went = current is not None and len(moves) < len(current.moves)
+    return went and bool(moves) and moves[-1].version == run_id
 
 
 def model_of(registry: Registry, desired: Desired) -> str | None:

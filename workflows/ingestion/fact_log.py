@@ -360,6 +360,15 @@ class FactLog:
             self.select(head, "SELECT count(*) AS n FROM state WHERE state = 'active'")[0]["n"]
         )
 
+    def stuck(self, head: Head) -> int:
+        """How many facts of the base nobody says any more."""
+        found = self.select(
+            head,
+            "SELECT count(*) AS n FROM base WHERE fact IN"
+            " (SELECT fact FROM state WHERE state = 'retracted')",
+        )
+        return int(found[0]["n"])
+
     def digest(self, head: Head) -> str:
         """Of the facts that hold, whatever the order in which they came."""
         found = hashlib.sha256()

@@ -6,20 +6,23 @@ there. Knows gates and canaries; how a fact is judged is in `memedit.evaluate`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.current import folder_of
 from cluster.registry import Registry
-from memedit.errors import GateError, InputError
+from memedit.errors import GateError, InputError, MemeditError
 from memedit.evaluate import evaluation_of
 from memedit.outcome import EditOutcome, Evaluation, FactResult
 from memedit.requests import EditRequest, Neighbour
 from memedit.stages import judge
 from workflows.edit import Trial, check_measurable, not_published
+from workflows.facts import Reject
+from workflows.findings import plural
 from workflows.ingestion.canary import Canary, check_canaries, read_canaries
 from workflows.ingestion.desired import Desired
+from workflows.ingestion.rows import DIGEST
 from workflows.ingestion.settings import IngestJob
 
 _NEIGHBOURS = 5
@@ -50,28 +53,42 @@ class ReviewSample:
         self._groups: dict[str, frozenset[str]] = {}
 
     def choose(self, requests: Sequence[EditRequest]) -> Sequence[EditRequest]:
-        """New facts and a sample of all; in canonical order, the smallest digests are a sample."""
+        """New facts, and a sample of all that the version must say, old ones too."""
+        self._check_previous()
         ordered = sorted(requests, key=lambda r: r.digest)
         new = [r for r in ordered if self.desired.is_new(r)][: self.job.judged_new]
-        some = ordered[: self.job.judged_all]
-        chosen = {r.case_id: r for r in (*new, *some)}
+        some = self.desired.sample(self.job.judged_all)
+        chosen = {r.case_id: r for r in (*some, *new)}
         judged = with_neighbours(
-            sorted(chosen.values(), key=lambda r: r.digest), self.desired.relations
+            [
+                without_edited(r, self.desired.texts)
+                for r in sorted(chosen.values(), key=lambda r: r.digest)
+            ],
+            self.desired.relations,
         )
         self._groups = {
             "new": frozenset(r.case_id for r in new),
             "all": frozenset(r.case_id for r in some),
         }
-        settings = self.job.evaluation_settings
-        check_measurable(
-            [gate for gate in self.job.gates if not gate.group], judged, settings, "facts"
-        )
-        for name, ids in self._groups.items():
-            group = [r for r in judged if r.case_id in ids]
+        # What of the new facts can be measured differs from night to night.
+        for name, group in (
+            ("", judged),
+            ("all", [r for r in judged if r.case_id in self._groups["all"]]),
+        ):
             gates = [gate for gate in self.job.gates if gate.group == name]
-            if group or name != "new":  # a night without new facts has nothing to say of them
-                check_measurable(gates, group, settings, f"{name} facts")
+            check_measurable(gates, group, self.job.evaluation_settings, f"{name} facts".strip())
         return judged
+
+    def refuse(self, rejects: Sequence[Reject]) -> None:
+        """See `Review`: a version says all active facts, so it is begun anew without these.
+
+        Raises:
+            RefusedError: There are some.
+        """
+        by_id = {r.case_id: r.digest[:DIGEST] for r in self.desired.requests}
+        reasons = {by_id[str(r.raw["id"])]: r.reason for r in rejects}
+        if reasons:
+            raise RefusedError(reasons)
 
     def accept(self, trial: Trial) -> None:
         """See `Review`; says which facts hurt."""
@@ -89,8 +106,8 @@ class ReviewSample:
         if previous is not None:
             models["previous"] = self._named(previous)
         for gate in self.job.gates:
-            if gate.group == "new" and not self._groups["new"]:
-                continue
+            if gate.group == "new" and after.get(gate.name) is None:
+                continue  # nothing of tonight's to measure it on
             if reason := gate.check(after, models):
                 missed.append(reason)
         if missed:
@@ -98,17 +115,23 @@ class ReviewSample:
             self.verdict.hurt = hurt(outcome, self._groups["new"])
             raise GateError(not_published(missed, outcome.after.metrics))
 
-    def _previous(self, trial: Trial) -> Evaluation | None:
-        """The version before on the same facts, where a gate speaks of it."""
+    def _check_previous(self) -> None:
+        """Refuse now, not after hours, to compare with what cannot be judged."""
         current = self.desired.current
         if current is None or all(gate.model != "previous" for gate in self.job.gates):
-            return None
+            return
         manifest = self.registry.require_whole(current).manifest
         if manifest is None or manifest.format != "full":
             raise InputError(
                 f"the version before ({current}) is no full checkpoint, so it cannot be judged",
                 field="gate",
             )
+
+    def _previous(self, trial: Trial) -> Evaluation | None:
+        """The version before on the same facts, where a gate speaks of it."""
+        current = self.desired.current
+        if current is None or all(gate.model != "previous" for gate in self.job.gates):
+            return None
         files = self.registry.store.files(folder_of(current))
         trial.executor.broadcast("load", trial.base.spec(files=files))
         found, _ = judge(
@@ -137,7 +160,23 @@ class ReviewSample:
         return dict(evaluation_of(facts, {}).metrics)
 
 
+class RefusedError(MemeditError):
+    """Facts that cannot be written into the model: reason by the fact's digest."""
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        self.reasons = dict(reasons)
+        super().__init__(f"{plural(len(reasons), 'fact')} cannot be written into the model")
+
+
 _WHOLE = ("fluency", "perplexity", "drift_kl", "drift_top1")
+
+
+def without_edited(request: EditRequest, edited: Collection[str]) -> EditRequest:
+    """The fact without neighbours that are facts themselves: their answers should change."""
+    kept = tuple(n for n in request.neighbourhood if n.prompt not in edited)
+    return (
+        request if len(kept) == len(request.neighbourhood) else replace(request, neighbourhood=kept)
+    )
 
 
 def with_neighbours(

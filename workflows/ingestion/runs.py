@@ -14,26 +14,34 @@ import os
 import socket
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.current import now
-from cluster.store import ABSENT, Store, join
-from memedit.errors import InputError
+from cluster.store import ABSENT, Guard, Store, join
+from memedit.errors import InputError, LockError
 from memedit.outcome import EditOutcome
+from workflows.wording import without_keys
 
 if TYPE_CHECKING:
     from workflows.ingestion.desired import Desired
+    from workflows.ingestion.fact_log import Head
     from workflows.ingestion.review import Verdict
 
 WATERMARK = "facts/WATERMARK"
 
 
 class Runs:
-    """The records of a registry."""
+    """The records of a registry.
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    Args:
+        store: The registry's.
+        guard: The lock under which records are written; nothing is, once it was lost.
+    """
+
+    def __init__(self, store: Store, guard: Guard | None = None) -> None:
+        self.store, self._guard = store, guard
 
     def record(self, run_id: str) -> dict[str, Any] | None:
         """What is known of a run; None where there was none, as of an edit by hand."""
@@ -43,11 +51,6 @@ class Runs:
         """The change of the facts that a version says; 0 where it is not known."""
         record = self.record(run_id) or {}
         return int(record.get("sequence", 0))
-
-    def also(self, run_id: str) -> tuple[str, ...]:
-        """Other names that this version would have: some facts turned out not to be usable."""
-        record = self.record(run_id) or {}
-        return tuple(record.get("also", ()))
 
     def watermark(self) -> dict[str, Any] | None:
         """How far each source is published."""
@@ -75,15 +78,12 @@ class Runs:
                 "facts": desired.counts,
                 "rejected": rejected,
                 "by_source": _by_source(desired),
-                "read": dict(desired.head.read),
                 "previous": desired.current,
             },
             token,
         )
 
-    def published(
-        self, run_id: str, outcome: EditOutcome, verdict: Verdict, *, also: tuple[str, ...] = ()
-    ) -> None:
+    def published(self, run_id: str, head: Head, outcome: EditOutcome, verdict: Verdict) -> None:
         """The version is there, and CURRENT."""
         self._end(
             run_id,
@@ -91,26 +91,23 @@ class Runs:
             metrics=outcome.summary()["metrics"],
             groups=verdict.groups,
             timings_s=outcome.timings_s,
-            also=list(also),
         )
-        self.finish(run_id)
+        self.finish(run_id, head)
 
-    def finish(self, run_id: str) -> None:
-        """Move the watermark to what CURRENT says; also what a killed run has left to do."""
+    def finish(self, run_id: str, head: Head) -> None:
+        """Move the watermark to what CURRENT says; also what a killed run has left to do.
+
+        Args:
+            run_id: CURRENT.
+            head: The facts that it was found to say.
+        """
         record = self.record(run_id)
-        if record is None:
-            return
-        if record.get("status") != "published":
+        if record is not None and record.get("status") != "published":
             self._end(run_id, status="published")
         found, token = self._read(WATERMARK)
-        if found is None or found.get("run_id") != run_id:
-            value = {
-                "run_id": run_id,
-                "sequence": record["sequence"],
-                "read": record.get("read", {}),
-                "published_at": now(),
-            }
-            self._write(WATERMARK, value, token)
+        value = {"run_id": run_id, "sequence": head.sequence, "read": _plain(head.read)}
+        if found is None or {name: found.get(name) for name in value} != value:
+            self._write(WATERMARK, value | {"published_at": now()}, token)
 
     def gated(self, run_id: str, verdict: Verdict) -> str | None:
         """A gate was not met; gives the place of the report."""
@@ -130,7 +127,8 @@ class Runs:
 
     def failed(self, run_id: str, why: str) -> None:
         """The run ended with an error."""
-        self._end(run_id, status="failed", error=why)
+        with suppress(LockError):  # the record is another run's by now
+            self._end(run_id, status="failed", error=without_keys(why))
 
     def _report(self, run_id: str, outcome: EditOutcome) -> str:
         from workflows.report import write_report
@@ -161,6 +159,8 @@ class Runs:
         return (value if isinstance(value, dict) else {}), found[1]
 
     def _write(self, name: str, value: Mapping[str, Any], token: str) -> None:
+        if self._guard is not None:
+            self._guard.check()
         content = json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False)
         self.store.put(name, f"{content}\n".encode(), expected=token)
 

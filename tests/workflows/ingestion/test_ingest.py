@@ -14,8 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cluster.store import open_store
+from memedit.errors import MemeditError
 from memedit.files import LocalFiles
 from memedit.manifest import read_manifest
+from memedit.progress import Silent
 from memedit.verify import verify
 from memedit.worker import Worker
 from tests.tiny import save_tiny
@@ -28,6 +30,9 @@ from tests.workflows.ingestion.nights import (
     targets,
 )
 from tests.workflows.runs import contents, memedit, shards, without_plots, write_rows
+from workflows.ingest import ingest
+from workflows.ingestion.settings import IngestJob
+from workflows.jobfile import load_job
 
 PARIS = {**EIFFEL, "target_new": "Madrid"}
 
@@ -302,6 +307,34 @@ def test_when_no_fact_is_left_the_base_is_published(first: Nights) -> None:
     assert first.ingest().result["facts"]["active"] == 3
 
 
+def test_when_every_fact_is_refused_nothing_is_published_and_the_next_night_goes_on(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = Worker.targets
+
+    def poisoned(worker: Worker, requests: Sequence[Any], *rest: Any) -> Iterator[Any]:
+        if any(r.request.case_id == "toyota" for r in requests):
+            raise RuntimeError("poison")
+        yield from find(worker, requests, *rest)
+
+    monkeypatch.setattr(Worker, "targets", poisoned)
+    monkeypatch.setattr("memedit.executor.InlineExecutor.map", forgiving_map)
+    nights.deliver("1", TOYOTA)
+    result = nights.ingest(gates=["new.generation>=0"]).result
+    assert (result["status"], result["facts"]["rejected"]) == ("unchanged", 1)
+    nights.deliver("2", EIFFEL)
+    assert nights.ingest().result["status"] == "published"
+    assert nights.said() == targets([EIFFEL])
+
+
+def test_a_damaged_version_is_made_again(first: Nights) -> None:
+    was = shards(first.version)
+    (first.version / min(was)).unlink()
+    result = first.ingest().result
+    assert (result["status"], result["targets"]["computed"]) == ("published", 0)
+    assert shards(first.version) == was and verify(LocalFiles(first.version)) == []
+
+
 # --- people and other runs -----------------------------------------------------------------------
 
 
@@ -319,6 +352,19 @@ def test_a_rollback_stays_until_there_is_something_new(first: Nights) -> None:
     assert first.current not in (was, bad)
 
 
+def test_after_a_rollback_older_facts_can_be_wanted_again(first: Nights) -> None:
+    once = first.current
+    louvre = {"id": "louvre", "subject": "Louvre", "prompt": "{} stands in", "target_new": "Rome"}
+    for name, row in (("2", PARIS), ("3", louvre)):
+        first.deliver(name, row)
+        first.ingest()
+    flags = ("--registry", first.registry, "--cache", first.cache, "--json")
+    memedit("rollback", *flags)
+    first.deliver("4", EIFFEL, {"id": "louvre", "retracted": True})
+    result = first.ingest().result
+    assert (result["status"], result["version"]) == ("published", once)
+
+
 def test_a_locked_registry_ends_with_code_4_and_the_facts_are_registered(first: Nights) -> None:
     first.deliver("2", PARIS)
     with open_store(str(first.registry)).lock():
@@ -333,16 +379,8 @@ def test_two_runs_at_once_publish_one_version(nights: Nights) -> None:
     codes: list[int] = []
 
     def run() -> None:
-        flags = ("--config", nights.config, "--cache", nights.cache)
         # Not through `memedit()`: it redirects the stdout of the whole process.
-        from memedit.errors import MemeditError
-        from memedit.progress import Silent
-        from workflows.ingest import ingest
-        from workflows.ingestion.settings import IngestJob
-        from workflows.jobfile import load_job
-
         job = load_job(IngestJob, config=nights.config, flags={"cache": nights.cache})
-        assert flags
         try:
             ingest(job, Silent())
             codes.append(0)
@@ -427,6 +465,11 @@ def test_a_compacted_version_is_a_base_of_its_own(first: Nights) -> None:
     assert first.said() == targets([louvre, PARIS])
     assert read_manifest(first.version).model.name == str(new_base)
     assert first.ingest(model=str(new_base)).result["status"] == "unchanged"
+    # What the new base says cannot be taken out of it; that is said.
+    first.facts("retract", "darrieux")
+    result = first.ingest(model=str(new_base)).result
+    assert (result["status"], result["facts"]["active"]) == ("unchanged", 2)
+    assert any("stay in its weights" in note for note in result["notes"])
 
 
 def test_many_facts_can_be_solved_from_streamed_sums(first: Nights) -> None:
