@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -161,6 +161,14 @@ class Artifacts:
             self.depot.keep_small(self.folder, here - there)
         kept = {case_id: self.target(digest, case_id) for case_id, digest in digests.items()}
         return {case_id: target for case_id, target in kept.items() if target is not None}
+
+    def kept_targets(self, digests: Iterable[str]) -> set[str]:
+        """Which z vectors were kept, by their digests; none is read."""
+        names = {_name("targets", digest): digest for digest in digests}
+        there = {name for name in names if (self.folder / name).exists()}
+        if self.depot is not None:
+            there |= self.depot.names({name.rpartition("/")[0] for name in names}) & names.keys()
+        return {names[name] for name in there}
 
     def target(self, digest: str, case_id: str) -> Target | None:
         """A z vector, if it is in the folder; `case_id` is the fact's name in this run."""

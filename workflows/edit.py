@@ -5,17 +5,17 @@ Reads top to bottom as the job runs. Nothing is visible at `out` before its last
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
 
 from cluster.artifacts import Artifacts, open_artifacts, target_digest
 from cluster.background import Background
 from cluster.publication import Publication
 from cluster.store import join
-from memedit.config import EditSettings, EvaluationSettings
-from memedit.errors import GateError, InputError
-from memedit.evaluate import leave_out, measurable
+from memedit.config import EditSettings
+from memedit.errors import InputError
+from memedit.evaluate import leave_out
 from memedit.executor import Executor
 from memedit.manifest import (
     MANIFEST_NAME,
@@ -26,7 +26,6 @@ from memedit.manifest import (
 )
 from memedit.outcome import (
     EditOutcome,
-    Evaluation,
     FactCounts,
     LayerUpdate,
     TargetTrace,
@@ -34,58 +33,21 @@ from memedit.outcome import (
 from memedit.progress import Progress
 from memedit.prompts import EncodedRequest
 from memedit.requests import EditBatch, EditRequest
-from memedit.side_effects import DriftReference
 from memedit.solve import METHODS, solve_device
 from memedit.stages import SolvedLayer, find_targets, judge, solve_layers
 from memedit.targets import Target
 from workflows.destination import destination
-from workflows.facts import FactTable, Reject, read_facts, write_facts, write_rejects
-from workflows.findings import METRIC
-from workflows.gates import Gate
+from workflows.facts import FactTable, read_facts, write_facts, write_rejects
 from workflows.moments import TokenSource, corpus_of, load_stats, moments_for
 from workflows.product import Product, make_product
 from workflows.progress import Timed
+from workflows.review import Review, ReviewAll, Trial, check_heldout
 from workflows.session import Base, contexts_of, encode_facts, open_base, open_workers, settings_of
 from workflows.settings import EditJob, new_run_id
 
 FACTS_NAME = "facts.jsonl"
 REJECTS_NAME = "rejects.jsonl"
 REPORT_NAME = "report.html"
-
-
-class Review(Protocol):
-    """Which facts are judged, and whether what came out is good enough to be published."""
-
-    def choose(self, requests: Sequence[EditRequest]) -> Sequence[EditRequest]:
-        """The facts to judge, in their order.
-
-        Raises:
-            InputError: What is asked for can never be measured on them.
-        """
-
-    def refuse(self, rejects: Sequence[Reject]) -> None:
-        """Some facts cannot be written into the model; unless this raises, the others are."""
-
-    def accept(self, trial: Trial) -> None:
-        """Look at what was made; it is published unless this raises.
-
-        Raises:
-            GateError: It is not good enough.
-        """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """An edit that is made and judged, and not yet published."""
-
-    outcome: EditOutcome
-    base: Base
-    executor: Executor
-    """Its workers hold the edited model as it was saved."""
-    judged: Sequence[EditRequest]
-    heldout: Sequence[Sequence[int]]
-    reference: DriftReference
-    progress: Progress
 
 
 def run_edit(job: EditJob, progress: Progress) -> EditOutcome:
@@ -181,7 +143,7 @@ def edit_facts(
             settings=job.evaluation_settings,
             progress=timed,
         )
-        _check_heldout(job, before)
+        check_heldout(job, before)
         targets, quarantined = _targets(
             executor, encoded, contexts, base, settings, artifacts, timed
         )
@@ -297,18 +259,7 @@ def _targets(
     progress: Progress,
 ) -> tuple[list[Target], dict[str, str]]:
     """Z vectors, kept by earlier runs or found and kept now; and which facts have none."""
-    digests = {
-        e.request.case_id: target_digest(
-            e.request,
-            model=base.checkpoint.digest,
-            contexts=contexts,
-            settings=settings.targets,
-            layer=settings.layers[-1],
-            dtype=base.job.dtype,
-            architecture=base.job.architecture,
-        )
-        for e in encoded
-    }
+    digests = target_digests([e.request for e in encoded], contexts, base, settings)
     # Waiting for the disk is no work for the thread that feeds the workers.
     with Background() as background:
         return find_targets(
@@ -322,6 +273,27 @@ def _targets(
             ),
             progress=progress,
         )
+
+
+def target_digests(
+    requests: Iterable[EditRequest],
+    contexts: tuple[str, ...],
+    base: Base,
+    settings: EditSettings,
+) -> dict[str, str]:
+    """What the z vector of each fact is kept under, by its id."""
+    return {
+        request.case_id: target_digest(
+            request,
+            model=base.checkpoint.digest,
+            contexts=contexts,
+            settings=settings.targets,
+            layer=settings.layers[-1],
+            dtype=base.job.dtype,
+            architecture=base.job.architecture,
+        )
+        for request in requests
+    }
 
 
 def _require_shared(executor: Executor, publication: Publication) -> None:
@@ -338,69 +310,6 @@ def _require_shared(executor: Executor, publication: Publication) -> None:
 def _lam(settings: EditSettings) -> float:
     assert settings.solve.lam is not None, "the defaults of every family set λ"
     return settings.solve.lam
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReviewAll:
-    """Judges every fact, by the gates of the job."""
-
-    job: EditJob
-
-    def choose(self, requests: Sequence[EditRequest]) -> Sequence[EditRequest]:
-        """See `Review`: all of them, if the gates can be measured on them."""
-        check_measurable(self.job.gates, requests, self.job.evaluation_settings, self.job.facts)
-        return requests
-
-    def refuse(self, rejects: Sequence[Reject]) -> None:
-        """See `Review`: the report and the table of rejects say it."""
-
-    def accept(self, trial: Trial) -> None:
-        """See `Review`."""
-        after, before = trial.outcome.after.metrics, trial.outcome.before.metrics
-        missed = [
-            reason for gate in self.job.gates if (reason := gate.check(after, {"base": before}))
-        ]
-        if missed:
-            raise GateError(not_published(missed, after))
-
-
-def check_measurable(
-    gates: Sequence[Gate],
-    requests: Sequence[EditRequest],
-    settings: EvaluationSettings,
-    source: str,
-) -> None:
-    """Refuse now, not after hours, a gate on what will not be measured.
-
-    Raises:
-        InputError: A gate can never be met.
-    """
-    found = measurable(requests, settings)
-    for gate in gates:
-        if gate.metric not in found:
-            raise _unmeasurable(gate, source)
-
-
-def _check_heldout(job: EditJob, before: Evaluation) -> None:
-    """A corpus may have been too small to hold text out."""
-    for gate in job.gates:
-        if gate.metric == "perplexity" and before.metrics["perplexity"] is None:
-            raise _unmeasurable(gate, job.facts)
-
-
-def _unmeasurable(gate: Gate, source: str) -> InputError:
-    return InputError(
-        f"{gate} can never be met: {gate.metric} is measured on "
-        f"{METRIC[gate.metric].needs}, and there is none",
-        source=source,
-        field="gate",
-    )
-
-
-def not_published(missed: Sequence[str], metrics: Mapping[str, float | None]) -> str:
-    """Why a version was not published, and what was measured."""
-    measured = (f"  {k} {v:.4g}" for k, v in metrics.items() if v is not None)
-    return "\n".join((f"not published: {'; '.join(missed)}", "measured:", *measured))
 
 
 def _trace(target: Target) -> TargetTrace:

@@ -22,7 +22,7 @@ from cluster.store import Guard, Store, join
 from memedit.errors import GateError, LockError
 from memedit.progress import Progress
 from workflows.destination import new_version
-from workflows.edit import edit_facts
+from workflows.edit import edit_facts, target_digests
 from workflows.facts import FactTable
 from workflows.ingestion.base_version import publish_base
 from workflows.ingestion.desired import Desired, desired_state, model_of, quarantine
@@ -35,7 +35,7 @@ from workflows.ingestion.runs import Runs
 from workflows.ingestion.settings import IngestJob
 from workflows.moments import TokenSource, corpus_of, moments_for
 from workflows.progress import Timed
-from workflows.session import Base, open_workers
+from workflows.session import Base, contexts_of, open_workers
 from workflows.settings import EditJob, new_run_id
 
 
@@ -215,7 +215,8 @@ def _reconcile(
         return replace(done, status="published", version=desired.run_id, metrics=metrics)
     if desired.run_id in registry.ids():  # damaged, or half removed
         removal.erase(registry.store, desired.run_id)
-    runs.claim(desired, attempt=attempt, rejected=registered.rejected)
+    facts = desired.record() | {"rejected": registered.rejected}
+    runs.claim(desired.run_id, attempt=attempt, facts=facts)
     try:
         return _make(job, registry, desired, guard, timed, runs, done)
     except Exception as error:
@@ -314,21 +315,45 @@ def _planned(
     job: IngestJob, log: FactLog, registry: Registry, registered: Registered, timed: Timed
 ) -> IngestOutcome:
     """What a run would do, by what is registered in a scratch copy."""
-    desired = desired_state(job, edit_job(job), log, registry, timed)
-    would = "publish a new version"
+    edit = edit_job(job)
+    desired = desired_state(job, edit, log, registry, timed)
+    would, targets = "nothing", {"computed": 0, "reused": 0}
     if desired.is_current or desired.is_nothing or desired.was_rolled_back:
-        would = "nothing"
+        pass
     elif desired.exists:
         would = "move CURRENT to a version that is there"
+    else:
+        would = "publish a new version"
+        targets = _planned_targets(edit, desired)
     return IngestOutcome(
         run_id=desired.run_id,
         status="planned",
         version=desired.current,
         facts=desired.counts | {"rejected": registered.rejected + desired.refused},
+        targets=targets,
         timings_s=timed.timings_s | {"read": registered.seconds},
         notes=(*registered.notes, *desired.notes),
-        changes={"would": would, **desired.examples()},
+        changes={
+            "would": would,
+            "solved": sum(targets.values()),
+            "layers": list(desired.settings.layers),
+            **desired.examples(),
+        },
     )
+
+
+def _planned_targets(edit: EditJob, desired: Desired) -> dict[str, int]:
+    """How many z vectors a run would find, and how many are kept."""
+    facts = len(desired.requests)
+    if desired.settings.contexts.kind == "sampled" or desired.on_top is not None:
+        return {"computed": len(desired.difference.added), "reused": 0}  # only known later
+    artifacts = open_artifacts(
+        edit.artifacts, cache=edit.cache_folder, storage=edit.storage_settings
+    )
+    contexts = contexts_of(desired.settings, desired.base, None)
+    digests = target_digests(desired.requests, contexts, desired.base, desired.settings)
+    kept = len(artifacts.kept_targets(digests.values()))
+    return {"computed": facts - kept, "reused": kept}
 
 
 def edit_job(job: IngestJob, *, model: str | None = None) -> EditJob:

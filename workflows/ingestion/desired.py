@@ -126,6 +126,20 @@ class Desired:
         """Whether CURRENT does not say this yet."""
         return request.digest[:DIGEST] in self.difference.added
 
+    def record(self) -> dict[str, Any]:
+        """What the record of the run says of the facts."""
+        rows = self.log.select(
+            self.head,
+            "SELECT source, count(*) AS n FROM state WHERE state = 'active' GROUP BY source",
+        )
+        return {
+            "sequence": self.head.sequence,
+            "mode": "sequential" if self.sequential else "desired",
+            "facts": self.counts,
+            "by_source": {row["source"]: int(row["n"]) for row in rows},
+            "previous": self.current,
+        }
+
     def notes_for_manifest(self) -> dict[str, Any]:
         """What the manifest of the version says of where its facts are from."""
         return {

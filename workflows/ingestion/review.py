@@ -7,7 +7,7 @@ there. Knows gates and canaries; how a fact is judged is in `memedit.evaluate`.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from cluster.current import folder_of
@@ -17,34 +17,22 @@ from memedit.evaluate import evaluation_of
 from memedit.outcome import EditOutcome, Evaluation, FactResult
 from memedit.requests import EditRequest, Neighbour
 from memedit.stages import judge
-from workflows.edit import Trial, check_measurable, not_published
 from workflows.facts import Reject
 from workflows.findings import plural
 from workflows.ingestion.canary import Canary, check_canaries, read_canaries
 from workflows.ingestion.desired import Desired
 from workflows.ingestion.rows import DIGEST
 from workflows.ingestion.settings import IngestJob
+from workflows.ingestion.verdict import Verdict
+from workflows.review import Trial, check_measurable, not_published
 
 _NEIGHBOURS = 5
 _HURT = 50
 """How many facts a report lists."""
 
 
-@dataclass
-class Verdict:
-    """What was found; filled while a version is judged."""
-
-    outcome: EditOutcome | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
-    """`before` and `after`, as in `edit --json`."""
-    groups: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    """Metrics by group of facts: `new` and `all`."""
-    missed: list[str] = field(default_factory=list)
-    hurt: list[dict[str, Any]] = field(default_factory=list)
-
-
 class ReviewSample:
-    """The review of an ingestion; see `workflows.edit.Review`."""
+    """The review of an ingestion; see `workflows.review.Review`."""
 
     def __init__(self, job: IngestJob, desired: Desired, registry: Registry) -> None:
         self.job, self.desired, self.registry = job, desired, registry

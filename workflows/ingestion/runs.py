@@ -16,20 +16,19 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.current import now
 from cluster.store import ABSENT, Guard, Store, join
 from memedit.errors import InputError, LockError
 from memedit.outcome import EditOutcome
+from workflows.ingestion.fact_log import Head
+from workflows.ingestion.verdict import Verdict
 from workflows.wording import without_keys
 
-if TYPE_CHECKING:
-    from workflows.ingestion.desired import Desired
-    from workflows.ingestion.fact_log import Head
-    from workflows.ingestion.review import Verdict
-
 WATERMARK = "facts/WATERMARK"
+_ATTEMPTS = 20
+"""How many a record remembers."""
 
 
 class Runs:
@@ -56,29 +55,29 @@ class Runs:
         """How far each source is published."""
         return self._read(WATERMARK)[0]
 
-    def claim(self, desired: Desired, *, attempt: str, rejected: int) -> None:
+    def claim(self, run_id: str, *, attempt: str, facts: Mapping[str, Any]) -> None:
         """Write down that a version is being made.
+
+        Args:
+            run_id: The version.
+            attempt: The run that makes it.
+            facts: What is known of its facts, with the `sequence` of their last change.
 
         Raises:
             LockError: Somebody else claims it at this moment.
         """
-        found, token = self._read(_name(desired.run_id))
+        found, token = self._read(_name(run_id))
         attempts = [*(found or {}).get("attempts", ()), attempt]
         self._write(
-            _name(desired.run_id),
+            _name(run_id),
             {
-                "run_id": desired.run_id,
+                "run_id": run_id,
                 "status": "running",
-                "attempts": attempts[-20:],
+                "attempts": attempts[-_ATTEMPTS:],
                 "started_at": now(),
                 "host": socket.gethostname(),
                 "process": os.getpid(),
-                "sequence": desired.head.sequence,
-                "mode": "sequential" if desired.sequential else "desired",
-                "facts": desired.counts,
-                "rejected": rejected,
-                "by_source": _by_source(desired),
-                "previous": desired.current,
+                **facts,
             },
             token,
         )
@@ -163,14 +162,6 @@ class Runs:
             self._guard.check()
         content = json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False)
         self.store.put(name, f"{content}\n".encode(), expected=token)
-
-
-def _by_source(desired: Desired) -> dict[str, int]:
-    rows = desired.log.select(
-        desired.head,
-        "SELECT source, count(*) AS n FROM state WHERE state = 'active' GROUP BY source",
-    )
-    return {row["source"]: int(row["n"]) for row in rows}
 
 
 def _name(run_id: str) -> str:

@@ -172,6 +172,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(first: Nights) -> 
         "rejected": 1,
     }
     assert result["changes"]["would"] == "publish a new version"
+    assert result["targets"] == {"computed": 1, "reused": 2}
     assert [f["target_new"] for f in result["changes"]["added"]] == ["Madrid"]
     assert contents(first.registry) == before
     assert first.ingest().result["run_id"] == result["run_id"]
