@@ -143,14 +143,21 @@ def run_retract(job: FactsChangeJob, progress: Progress) -> dict[str, Any]:
 
 
 def run_restore(job: FactsChangeJob, progress: Progress) -> dict[str, Any]:
-    """Let facts count again.
+    """Let facts count again, and with them what was taken out to the same question.
 
     Raises:
         InputError: There is no such fact, or nobody has taken it out.
     """
 
     def held(rows: Sequence[Mapping[str, Any]], name: str) -> list[Held]:
-        found = [r for r in rows if r["id"] == name and r["claimed"] and r["held"] is not None]
+        claimed = [r for r in rows if r["claimed"]]
+        asked = {r["question"] for r in claimed if r["id"] == name}
+        found = [
+            r
+            for r in claimed
+            if (r["held"] == "retracted" and r["question"] in asked)
+            or (r["held"] is not None and r["id"] == name)
+        ]
         if not found:
             raise InputError(
                 f"the fact {name!r} was not taken out by hand or by a run; to say it again:"
@@ -176,7 +183,7 @@ def _change(
         for name in job.ids:
             for claim in held(_same_question(merge, name), name):
                 claims[claim.source, claim.fact] = claim
-        merge.hold(list(claims.values()), run=run, rule="newest", priority=())
+        merge.hold(list(claims.values()), run=run, rule=head.conflicts, priority=head.priority)
         return Change()
 
     return _changed(log, before, log.commit(make), what)

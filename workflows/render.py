@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
+from urllib.parse import parse_qsl, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import jinja2
@@ -45,7 +46,10 @@ BY_THE_SCHEDULER = (
 )
 """Fields that are said on the command line of a rendered run or by its schedule, not in its job
 file."""
-_SECRET = re.compile("secret|token|password|credential|api.?key", re.IGNORECASE)
+_SECRET = re.compile(
+    "secret|token|password|credential|(api|account).?key|connection.?string|auth(?!2-server-uri$)",
+    re.IGNORECASE,
+)
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".txt", ".gz", ".zst")
 
 
@@ -308,14 +312,23 @@ def _check_keys(source: Source) -> None:
                 field=field.name,
             )
     catalog = getattr(source.job, "source", {}).get("catalog")
-    for name in catalog if isinstance(catalog, Mapping) else ():
-        if _SECRET.search(str(name)):
+    for name, value in catalog.items() if isinstance(catalog, Mapping) else ():
+        if _SECRET.search(str(name)) or (name == "uri" and _has_password(str(value))):
             raise InputError(
                 "would stand in what is rendered; keys come from a Secret, as the environment"
                 " variable that pyiceberg reads (PYICEBERG_CATALOG__…)",
                 source=str(source.config),
                 field=f"source.catalog.{name}",
             )
+
+
+def _has_password(uri: str) -> bool:
+    try:
+        parts = urlsplit(uri)
+        named = [name for name, _ in parse_qsl(parts.query)]
+        return bool(parts.password) or any(map(_SECRET.search, named))
+    except ValueError:
+        return True  # nobody can tell
 
 
 def _tell_of(variables: Sequence[str], options: RenderJob, progress: Progress) -> None:

@@ -64,6 +64,8 @@ def test_nights_in_object_storage_are_those_in_a_folder(world: World, tmp_path: 
 def test_a_run_that_loses_the_storage_publishes_nothing_and_goes_on_later(
     world: World, s3_proxy: DisturbingProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("MEMEDIT_S3_PATIENCE_S", "1")
+    monkeypatch.setenv("MEMEDIT_LEASE_S", "0.5")
     place, cache = world.there.root, tmp_path / "cache"
     rows = write_rows(tmp_path / "rows.jsonl", [EIFFEL, DARRIEUX])
     world.objects.put(f"{place}/inbox/1.jsonl", rows.read_bytes())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -43,10 +43,20 @@ class Place:
     def ids(self, *arguments: object) -> list[str]:
         return [fact["id"] for fact in self.json("list", *arguments)["facts"]]
 
-    def ingest(self, *rows: dict[str, Any] | str, **source: Any) -> None:
+    def ingest(
+        self,
+        *rows: dict[str, Any] | str,
+        conflicts: Literal["newest", "priority"] = "newest",
+        priority: tuple[str, ...] = (),
+        **source: Any,
+    ) -> None:
         path = write_rows(self.folder / "source.jsonl", rows)
-        settings = {"path": str(path), "name": "table"} | source
-        job = IngestJob(registry=str(self.registry), source=settings)
+        job = IngestJob(
+            registry=str(self.registry),
+            source={"path": str(path), "name": "table"} | source,
+            conflicts=conflicts,
+            priority=priority,
+        )
         log = FactLog(str(self.registry), cache=self.folder / "c")
         register(job, log, run="night-1", progress=Silent())
 
@@ -170,6 +180,20 @@ class TestRetractAndRestore:
         assert place.ids() == ["1", "2"]
         place.json("restore", "9")
         assert place.ids() == ["1", "2", "9"]
+
+    def test_all_that_was_taken_out_with_it_comes_back(self, place: Place) -> None:
+        place.ingest(says("9", "Nile", "Chad"))
+        place.json("retract", "9")
+        assert place.json("restore", "9")["changed"] == 2
+        place.ingest(says("9", "Nile", "Chad"), {"id": "9", "retracted": True})
+        assert place.json("list", "--contains", "Nile")["facts"][0]["target_new"] == "Peru"
+
+    def test_by_the_rule_of_the_registry(self, place: Place) -> None:
+        place.ingest(says("9", "Nile", "Chad"), conflicts="priority", priority=("manual",))
+        assert place.ids() == ["1", "2", "3"]
+        place.json("retract", "3")
+        place.json("restore", "3")
+        assert place.ids() == ["1", "2", "3"]
 
     def test_a_source_that_still_lists_it_does_not_bring_it_back(self, empty: Place) -> None:
         empty.ingest(*ROWS, complete=True)

@@ -444,6 +444,11 @@ def test_keys_are_never_rendered(scheduler: str, job: Path) -> None:
         f"{{uri: 'postgresql://me:{secret}@host/c'}}",
         f"{{uri: 'https://host', token: {secret}}}",
         f"{{uri: 'https://host', s3.secret-access-key: {secret}}}",
+        f"{{uri: 'https://host', header.Authorization: {secret}}}",
+        f"{{uri: 'https://host', adls.account-key: {secret}}}",
+        f"{{uri: 'https://host', rest.auth.value: {secret}}}",
+        f"{{uri: 'postgresql://host/c?user=me&password={secret}'}}",
+        f"{{uri: 'postgresql://:{secret}@host/c'}}",
     ):
         job.write_text(JOB.replace("catalog: nightly", f"catalog: {catalog}"))
         ran = memedit("render", scheduler, "--config", job, *NIGHTLY, "--json")

@@ -22,7 +22,7 @@ from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import duckdb
 import pyarrow as pa
@@ -33,7 +33,7 @@ from cluster.storage import StorageSettings
 from cluster.store import ABSENT, Store, is_remote, join, open_store
 from memedit.errors import InputError, LockError
 from memedit.requests import EditRequest, Neighbour, Provenance
-from workflows.ingestion.merge import CLAIMS, Merge
+from workflows.ingestion.merge import CLAIMS, Merge, Rule
 from workflows.ingestion.rows import STATEMENTS, TIME, DeadLetter
 from workflows.ingestion.source import Mark
 
@@ -72,6 +72,9 @@ class Head:
     """By source: its mark, kind, place and snapshot, and when it was read."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """Claims by state."""
+    conflicts: Rule = "newest"
+    """What is done with contradictions, and with `priority` in which order of sources."""
+    priority: tuple[str, ...] = ()
     token: str = ABSENT
 
     def mark(self, source: str) -> Mark | None:
@@ -92,6 +95,8 @@ class Change:
 
     rejects: Sequence[Mapping[str, Any]] = ()
     read: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    rule: tuple[Rule, tuple[str, ...]] | None = None
+    """What the registry does with contradictions from now on, and its priority."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +176,8 @@ class FactLog:
                 rejects=tuple(map(str, value["rejects"])),
                 read={str(k): {**v, "mark": dict(v["mark"])} for k, v in value["read"].items()},
                 counts={str(k): int(v) for k, v in value["counts"].items()},
+                conflicts=value.get("conflicts", "newest"),
+                priority=tuple(map(str, value.get("priority", ()))),
                 token=found[1],
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -178,6 +185,8 @@ class FactLog:
         for name in (*head.log, head.state, *head.rejects):
             if name is None or not name.startswith("facts/") or ".." in name:
                 raise InputError(f"damaged: it names {name!r}", source=source)
+        if head.conflicts not in get_args(Rule):
+            raise InputError(f"damaged: no rule {head.conflicts!r}", source=source)
         return head
 
     def path(self, name: str) -> Path:
@@ -197,7 +206,20 @@ class FactLog:
     def database(
         self, head: Head, *, in_base: int | None = None
     ) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A database in memory with the view `state`; may use the disk, in a folder that goes."""
+        """A database in memory with the view `state`; may use the disk, in a folder that goes.
+
+        Raises:
+            InputError: The files cannot be read, or disk or memory do not suffice.
+        """
+        try:
+            with self._database(head, in_base) as database:
+                yield database
+        except duckdb.Error as error:
+            text = " ".join(str(error).split())
+            raise InputError(f"the facts cannot be read: {text}", source=self.location) from error
+
+    @contextmanager
+    def _database(self, head: Head, in_base: int | None) -> Iterator[duckdb.DuckDBPyConnection]:
         in_base = self._in_base if in_base is None else in_base
         with tempfile.TemporaryDirectory(prefix="memedit-facts-") as folder:
             settings: dict[str, str | bool | int | float | list[str]] = {
@@ -279,7 +301,10 @@ class FactLog:
         """The files of a change, not yet named by HEAD; None where nothing is new."""
         sequence = head.sequence + 1
         touched = _count(database, "SELECT count(*) FROM events")
-        if not touched and not change.rejects and dict(head.read) == {**head.read, **change.read}:
+        conflicts, priority = change.rule or (head.conflicts, head.priority)
+        same_rule = (conflicts, priority) == (head.conflicts, head.priority)
+        same_read = dict(head.read) == {**head.read, **change.read}
+        if not touched and not change.rejects and same_read and same_rule:
             return None
         log, state, counts = head.log, head.state, head.counts
         if touched or state is None:
@@ -317,6 +342,8 @@ class FactLog:
             rejects=rejects,
             read={**head.read, **change.read},
             counts=counts,
+            conflicts=conflicts,
+            priority=priority,
         )
 
     @contextmanager
@@ -486,7 +513,8 @@ def _view(name: str, paths: Sequence[Path]) -> str:
 
 def _scan(paths: Sequence[Path]) -> str:
     quoted = ", ".join(f"'{_quoted(path)}'" for path in paths)
-    return f"read_parquet([{quoted}])"
+    # Folders of the registry's own place may be named `key=value`.
+    return f"read_parquet([{quoted}], hive_partitioning = false)"
 
 
 def _quoted(path: Path) -> str:

@@ -104,7 +104,7 @@ class WebHook:
     place: str
     """Where it stands in the settings: `hooks.failure[1]`."""
     url: str = field(repr=False)
-    """As in the settings; `$NAME` where the whole address is a secret."""
+    """As in the settings: each `$NAME` stands for an environment variable."""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     """As in the settings: each `$NAME` stands for an environment variable."""
     timeout_s: float = _TIMEOUT_S
@@ -117,7 +117,7 @@ class WebHook:
         """
         from urllib.request import Request
 
-        url = _from_environment(self.url) if self.url.startswith("$") else self.url
+        url = _from_environment(self.url)
         try:
             parts = checked_url(url, field=self.place)
         except InputError as error:
@@ -308,7 +308,7 @@ def _timeout(place: str, value: Any) -> float:
 def _url(place: str, value: object) -> str:
     if not isinstance(value, str):
         raise InputError("must be an address at http:// or https://", field=place)
-    if not _NAMED.fullmatch(value):
+    if not _NAMED.match(value):
         checked_url(value, field=place)
     return value
 
@@ -357,8 +357,7 @@ def _from_environment(text: str) -> str:
 def _secrets(hook: Hook) -> list[str]:
     if isinstance(hook, CommandHook):
         return []
-    texts = [hook.url] if hook.url.startswith("$") else []
-    names = [m[1] or m[2] for t in (*texts, *hook.headers.values()) for m in _NAMED.finditer(t)]
+    names = [m[1] or m[2] for t in (hook.url, *hook.headers.values()) for m in _NAMED.finditer(t)]
     return [value for name in names if (value := os.environ.get(name, "").strip())]
 
 

@@ -74,6 +74,12 @@ class Said:
     rule: Rule
     priority: Sequence[str] = ()
     """Sources from the most trusted on; those not named come last."""
+    guarded: bool = False
+    """What contradicts is refused whatever the rule."""
+    rule_is_new: bool = False
+    """All contested questions are answered again."""
+    rejected: Sequence[tuple[str | None, str, int]] = ()
+    """Id, place and row of rows that no statement could be made of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +160,7 @@ class Merge:
         """
         self._sql(
             """CREATE OR REPLACE TEMP TABLE batch AS
-            SELECT position, op, explicit, again, fact, content, question, id,
+            SELECT position, op, explicit, again, rewritten, fact, content, question, id,
                 asserted_at IS NOT NULL AS timed, coalesce(asserted_at, $at) AS said_at,
                 row_number() OVER (ORDER BY coalesce(asserted_at, $at), position) AS turn
             FROM statements""",
@@ -171,8 +177,9 @@ class Merge:
             " SELECT DISTINCT fact FROM batch WHERE op = 'assert'"
         )
         refused = self._foreign_ids(said)
-        if said.rule == "refuse":
+        if said.rule == "refuse" or said.guarded:
             refused += self._contradictions(said)
+        self._spare(said, refused)
         refused += self._retractions()
         # What was said is pushed aside by what is said later, also if that is taken back then.
         self._sql(
@@ -190,8 +197,13 @@ class Merge:
             WHERE x.turn IS NULL OR x.turn < r.turn"""
         )
         self._changes(said)
-        self._resolve(said.rule, said.priority)
+        self._resolve(said.rule, said.priority, all_contested=said.rule_is_new)
         return refused
+
+    def decide(self, rule: Rule, priority: Sequence[str]) -> None:
+        """Answer all contested questions again, by another rule."""
+        self._sql("CREATE OR REPLACE TEMP TABLE changed AS FROM state LIMIT 0")
+        self._resolve(rule, priority, all_contested=True)
 
     def hold(
         self, claims: Sequence[Held], *, run: str, rule: Rule, priority: Sequence[str]
@@ -223,6 +235,14 @@ class Merge:
         assert row is not None, "count(*) gives a row"
         return int(row[0]), int(row[1])
 
+    def spared(self) -> int:
+        """How many facts would be gone if their rows had not been rejected."""
+        row = self._sql(
+            "SELECT count(*) FROM spared WHERE fact NOT IN (SELECT fact FROM verdicts)"
+        ).fetchone()
+        assert row is not None, "count(*) gives a row"
+        return int(row[0])
+
     def _sql(self, text: str, **values: Any) -> duckdb.DuckDBPyConnection:
         return self.database.execute(text, values) if values else self.database.execute(text)
 
@@ -234,6 +254,20 @@ class Merge:
                 SELECT 1 FROM mine m WHERE m.fact = b.fact
                 AND (m.content = b.content OR NOT m.claimed OR m.held IS NOT NULL)))"""
         )
+        again, rewritten = self._any_was_read_before()
+        # A second chance does not make an old row newer than what the source has said since.
+        for known_by in ("question", "id") if again else ():
+            self._sql(
+                f"""DELETE FROM batch WHERE position IN (
+                    SELECT b.position FROM batch b JOIN statements n USING (position)
+                    JOIN state m ON m.{known_by} = b.{known_by}
+                    WHERE b.again AND b.op = 'assert' AND NOT b.timed
+                    AND m.source = $source AND m.claimed AND m.fact <> b.fact
+                    AND NOT (m.place = n.place AND m.row < n.row))""",
+                source=said.source,
+            )
+        if rewritten:
+            self._leave_out_what_was_rewritten()
         # What the source itself has taken out again since, whatever times its rows have.
         self._sql(
             """DELETE FROM batch b WHERE b.op = 'assert' AND EXISTS (
@@ -252,6 +286,55 @@ class Merge:
                 AND (m.claimed OR m.superseded_by IS NOT NULL))""",
             complete=said.complete,
         )
+
+    def _any_was_read_before(self) -> tuple[bool, bool]:
+        row = self._sql("SELECT bool_or(again), bool_or(rewritten) FROM batch").fetchone()
+        assert row is not None, "an aggregate gives a row"
+        return bool(row[0]), bool(row[1])
+
+    def _leave_out_what_was_rewritten(self) -> None:
+        """A file that is written whole each time says its old rows in it, but not anew."""
+        self._sql(
+            """CREATE OR REPLACE TEMP TABLE kept AS
+            SELECT b.fact, b.question, b.id, b.turn FROM batch b JOIN mine m USING (fact)
+            WHERE b.rewritten AND b.op = 'assert' AND m.claimed AND m.content = b.content
+                AND (m.held IS NOT NULL OR NOT b.timed OR b.said_at <= m.said_at)"""
+        )
+        # With it goes what stands before it and speaks of the same.
+        for known_by in ("question", "id"):
+            self._sql(
+                f"""DELETE FROM batch b USING (
+                    SELECT {known_by}, max(turn) AS turn FROM kept GROUP BY {known_by}
+                ) k WHERE b.rewritten AND b.{known_by} = k.{known_by} AND b.turn <= k.turn"""
+            )
+
+    def _spare(self, said: Said, refused: Sequence[tuple[int, str, str]]) -> None:
+        """Table `spared`: what a list still has, in a row that was rejected."""
+        wrong = pa.table(
+            {
+                "id": pa.array([name for name, _, _ in said.rejected], pa.string()),
+                "place": pa.array([place for _, place, _ in said.rejected], pa.string()),
+                "row": pa.array([row for _, _, row in said.rejected], pa.int64()),
+            }
+        )
+        self.database.register("wrong", wrong)
+        self._sql(
+            """CREATE OR REPLACE TEMP TABLE spared AS
+            WITH rejected AS (
+                FROM wrong
+                UNION ALL SELECT id, place, row FROM statements WHERE position IN $refused
+            ), named AS (
+                SELECT s.fact FROM state s JOIN rejected w ON w.id = s.id
+                WHERE $complete AND s.source = $source AND s.claimed
+                UNION SELECT s.fact FROM state s
+                JOIN rejected w ON w.id IS NULL AND w.place = s.place AND w.row = s.row
+                WHERE $complete AND s.source = $source AND s.claimed
+            ) FROM named WHERE fact NOT IN (SELECT fact FROM listed)""",
+            refused=[position for position, _, _ in refused],
+            complete=said.complete,
+            source=said.source,
+        )
+        self.database.unregister("wrong")
 
     def _retractions(self) -> list[tuple[int, str, str]]:
         """Table `retractions`: which facts a retraction means; and those that mean none."""
@@ -398,6 +481,7 @@ class Merge:
             SELECT m.fact, NULL, false, NULL, 'gone from the source'
             FROM mine m WHERE $complete AND m.claimed
             AND m.fact NOT IN (SELECT fact FROM listed)
+            AND m.fact NOT IN (SELECT fact FROM spared)
             AND m.fact NOT IN (SELECT fact FROM replaced)
             AND m.fact NOT IN (SELECT fact FROM retractions)""",
             complete=said.complete,
@@ -432,7 +516,7 @@ class Merge:
             complete=said.complete,
         )
 
-    def _resolve(self, rule: Rule, priority: Sequence[str]) -> None:
+    def _resolve(self, rule: Rule, priority: Sequence[str], *, all_contested: bool = False) -> None:
         """Table `events`: every claim whose row changes, as it is from now on."""
         ranks = pa.table(
             {"source": list(priority), "rank": list(range(len(priority)))},
@@ -444,7 +528,12 @@ class Merge:
         standing = "(c.state IS DISTINCT FROM 'active')," if rule == "refuse" else ""
         self._sql(
             f"""CREATE OR REPLACE TEMP TABLE events AS
-            WITH affected AS (SELECT DISTINCT question FROM changed),
+            WITH affected AS (
+                SELECT question FROM changed
+                UNION SELECT question FROM state
+                WHERE $all_contested AND claimed AND held IS NULL
+                GROUP BY question HAVING count(*) > 1
+            ),
             touched AS (
                 SELECT {_NAMES}, true AS dirty FROM changed
                 UNION ALL
@@ -453,10 +542,11 @@ class Merge:
                 AND NOT EXISTS (
                     SELECT 1 FROM changed c WHERE c.source = s.source AND c.fact = s.fact)
             ), answers AS (
+                -- Equal times come from columns only: no change is made at the time of another.
                 SELECT c.question, first(c.source ORDER BY {trusted} {standing} c.said_at DESC,
-                        c.sequence = 0 DESC, c.sequence DESC, c.source) AS by_source,
+                        c.source, c.fact) AS by_source,
                     first(c.fact ORDER BY {trusted} {standing} c.said_at DESC,
-                        c.sequence = 0 DESC, c.sequence DESC, c.source) AS by_fact
+                        c.source, c.fact) AS by_fact
                 FROM touched c LEFT JOIN ranks r USING (source)
                 WHERE c.claimed AND c.held IS NULL GROUP BY c.question
             ), judged AS (
@@ -487,5 +577,6 @@ class Merge:
             """,
             at=self.at,
             sequence=self.sequence,
+            all_contested=all_contested,
         )
         self.database.unregister("ranks")

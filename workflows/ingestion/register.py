@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from memedit.config import digest_of
 from memedit.errors import InputError
 from memedit.progress import Progress
 from workflows.ingestion.fact_log import (
@@ -38,6 +39,8 @@ from workflows.ingestion.settings import IngestJob
 from workflows.ingestion.source import Reading, SourceRow
 from workflows.ingestion.sources import load_templates, open_source, parse_source, place_of
 
+_PORTION = 10_000
+"""Rows that are sent to another process together, at least."""
 _AT_ONCE = 4
 """Portions that are on their way to other processes."""
 
@@ -79,10 +82,20 @@ def register(job: IngestJob, log: FactLog, *, run: str, progress: Progress) -> R
     )
     reader = RowReader(columns=settings.columns, templates=templates)
     head = log.head()
-    reading = source.read(head.mark(source.name))
     place = place_of(settings)
+    before = head.read.get(source.name)
+    if not settings.name:
+        _check_same_place(before, settings.kind, place, source.name)
+    mark = head.mark(source.name)
+    how = digest_of(dict(settings.columns), settings.where, templates)
+    # Files compare it themselves: only they know which of their rows were read before.
+    is_read_otherwise = before is not None and before.get("reader") != how
+    reading = source.read(None if is_read_otherwise and settings.kind != "files" else mark)
+    rule = (job.conflicts, job.priority if job.conflicts == "priority" else ())
     if reading is None:
-        if (mark := head.mark(source.name)) is not None and not log.is_scratch:
+        if head.sequence and rule != (head.conflicts, head.priority):
+            log.commit(lambda now, merge: _decide(merge, rule))
+        if mark is not None and not log.is_scratch:
             source.settle(mark)  # a run may have been killed before it had
         return Registered(source=source.name, place=place, seconds=_since(began))
     for note in reading.notes:
@@ -92,12 +105,17 @@ def register(job: IngestJob, log: FactLog, *, run: str, progress: Progress) -> R
         read = _collect(reading, reader, path)
         if read.dead and job.on_bad_row == "fail":
             raise _error_of(read.dead)
-        said = {"kind": settings.kind, "place": place, "snapshot": reading.snapshot}
-        seen = head.mark(source.name)
-        rejected: list[int] = []
+        said = {
+            "kind": settings.kind,
+            "place": place,
+            "snapshot": reading.snapshot,
+            "reader": how,
+        }
+        registered: list[Registered] = []
 
         def make(now: Head, merge: Merge) -> Change | None:
-            if now.mark(source.name) != seen:  # another run has read the same meanwhile
+            registered.clear()
+            if now.read.get(source.name) != before:  # another run has read the same meanwhile
                 return None
             refused = merge.take(
                 Said(
@@ -108,6 +126,8 @@ def register(job: IngestJob, log: FactLog, *, run: str, progress: Progress) -> R
                     complete=reading.complete,
                     rule=job.conflicts,
                     priority=job.priority,
+                    rule_is_new=rule != (now.conflicts, now.priority),
+                    rejected=[(d.id, d.place, d.row) for d in read.dead],
                 )
             )
             dead = [*read.dead, *_refused(path, refused)]
@@ -115,31 +135,63 @@ def register(job: IngestJob, log: FactLog, *, run: str, progress: Progress) -> R
                 raise _error_of(dead)
             if reading.complete:
                 _check_retracted(merge, now, source.name, job.most_retracted, place)
-            rejected[:] = [len(dead)]
+            notes = reading.notes
+            if spared := merge.spared():
+                notes = (*notes, f"{spared:,} facts stay, though their rows were rejected now")
+            registered.append(
+                Registered(
+                    source=source.name,
+                    place=place,
+                    snapshot=reading.snapshot,
+                    read=read.rows,
+                    rejected=len(dead),
+                    notes=notes,
+                )
+            )
             read_at = merge.at.isoformat(timespec="seconds")
             return Change(
                 rejects=rejects_of(dead, run=run, source=source.name, snapshot=reading.snapshot),
                 read={source.name: {**said, "mark": dict(reading.mark), "read_at": read_at}},
+                rule=rule,
             )
 
-        log.commit(make, statements=path)
-    if not log.is_scratch:
-        source.settle(reading.mark)
-    return Registered(
-        source=source.name,
-        place=place,
-        snapshot=reading.snapshot,
-        read=read.rows,
-        rejected=rejected[0] if rejected else 0,
-        seconds=_since(began),
-        notes=reading.notes,
+        head = log.commit(make, statements=path)
+    # Not what was read here: another run may have registered less of it.
+    mark = head.mark(source.name)
+    if mark is not None and not log.is_scratch:
+        source.settle(mark)
+    found = registered[0] if registered else Registered(source=source.name, place=place)
+    for note in found.notes[len(reading.notes) :]:
+        progress.message(note, warning=False)
+    return replace(found, seconds=_since(began))
+
+
+def _check_same_place(before: Mapping[str, Any] | None, kind: str, place: str, name: str) -> None:
+    """See that a name that nobody has given means what it meant before."""
+    if before is None:
+        return
+    if before["kind"] == kind and before["place"].rstrip("/") == place.rstrip("/"):
+        return
+    raise InputError(
+        f"another place was read under the name {name}: {before['place']}; give each source a"
+        f" `name` of its own, or, if this one has moved, write `name: {name}`: then it keeps its"
+        " facts",
+        source=place,
+        field="source.name",
     )
+
+
+def _decide(merge: Merge, rule: tuple[Rule, tuple[str, ...]]) -> Change:
+    merge.decide(*rule)
+    return Change(rule=rule)
 
 
 def register_table(
     log: FactLog, rows: Iterator[list[SourceRow]], *, source: str, rule: Rule, run: str
 ) -> Head:
     """Register facts that a person gives; a row that is wrong stops it.
+
+    Contradictions are resolved as the registry does; with `refuse` there must be none.
 
     Raises:
         InputError: A row is wrong; nothing was registered.
@@ -159,7 +211,9 @@ def register_table(
                     run=run,
                     snapshot="by hand",
                     complete=False,
-                    rule=rule,
+                    rule=now.conflicts,
+                    priority=now.priority,
+                    guarded=rule == "refuse",
                 )
             )
             if dead := _refused(path, refused):
@@ -189,6 +243,7 @@ def _read_all(
     portions: Iterator[list[SourceRow]], reader: RowReader
 ) -> Iterator[tuple[int, pa.RecordBatch, list[DeadLetter]]]:
     """Each portion with its number of rows; in order, also where several processes read."""
+    portions = _merged(portions)
     first = next(portions, None)
     if first is None:
         return
@@ -207,6 +262,18 @@ def _read_all(
                 yield size, *future.result()
         for size, future in waiting:
             yield size, *future.result()
+
+
+def _merged(portions: Iterator[list[SourceRow]]) -> Iterator[list[SourceRow]]:
+    """The same rows without portions that are not worth a process."""
+    gathered: list[SourceRow] = []
+    for portion in portions:
+        gathered.extend(portion)
+        if len(gathered) >= _PORTION:
+            yield gathered
+            gathered = []
+    if gathered:
+        yield gathered
 
 
 def _refused(path: Path, refused: list[tuple[int, str, str]]) -> list[DeadLetter]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -63,6 +64,7 @@ STATEMENTS = pa.schema(
         ("op", pa.string()),
         ("explicit", pa.bool_()),
         ("again", pa.bool_()),
+        ("rewritten", pa.bool_()),
         ("fact", pa.string()),
         ("content", pa.string()),
         ("question", pa.string()),
@@ -81,9 +83,17 @@ STATEMENTS = pa.schema(
 )
 """`fact`: digest of what the model should say, `content`: of all that the row says of it,
 `question`: of subject and prompt, of which one answer can be right at a time. `explicit`: the row
-itself says that it is a retraction. `again`: see `SourceRow`."""
+itself says that it is a retraction. `again`: see `SourceRow`. `rewritten`: see `Rewritten`."""
 DIGEST = 32
 """Hexadecimal digits of a digest in the registry."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rewritten(SourceRow):
+    """A row of a file that was read before, and has been written anew as a whole since.
+
+    It says nothing new where the source says the very same already.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +105,8 @@ class DeadLetter:
     field: str | None
     reason: str
     raw: str
+    id: str | None = None
+    """Where it can be told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +134,7 @@ class RowReader:
                         field=error.field,
                         reason=error.message,
                         raw=raw_text(row.raw),
+                        id=self._id(row.raw),
                     )
                 )
         columns = {name: [s.get(name) for s in statements] for name in STATEMENTS.names}
@@ -141,13 +154,16 @@ class RowReader:
             "op": "retract" if retracted or row.op == "retract" else "assert",
             "explicit": retracted and row.op == "assert",
             "again": row.again,
+            "rewritten": isinstance(row, Rewritten),
             "asserted_at": _time(beside["asserted_at"]),
             "relation": relation,
             "place": row.place,
             "row": row.row,
         }
         if statement["op"] == "retract" and not (
-            fields.get("target_new") and fields.get("subject")
+            fields.get("target_new")
+            and fields.get("subject")
+            and ("prompt" in fields or relation is not None)
         ):
             return statement | self._named(fields, relation)
         fields = self._with_prompts(fields, relation)
@@ -155,6 +171,12 @@ class RowReader:
         layout = NATIVE if self.columns or relation is not None else None
         request = read_row(fields, provenance=provenance, layout=layout)
         return statement | statement_of(request, relation)
+
+    def _id(self, raw: Any) -> str | None:
+        """The id in a row that is wrong otherwise."""
+        with suppress(InputError):
+            return _id(self._fields(raw)) if isinstance(raw, Mapping) else None
+        return None
 
     def _fields(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The row by the names of a fact's fields; without a mapping, as it is."""
@@ -254,8 +276,10 @@ def _truth(value: Any) -> bool:
         return False
     if isinstance(value, str) and value.strip().lower() in _WORDS:
         return _WORDS[value.strip().lower()]
-    if isinstance(value, bool | int) and value in _YES:
-        return _YES[value]
+    if isinstance(value, float) and math.isnan(value):  # how a table of floats says nothing
+        return False
+    if isinstance(value, bool | int | float) and value in _YES:
+        return _YES[int(value)]
     raise InputError(f"expected true or false, found {str(value)[:60]!r}", field="retracted")
 
 

@@ -1,4 +1,4 @@
-"""A Delta Lake table as a source of facts: its change data feed since a version, or all its rows.
+"""A Delta Lake table as a source of facts: the rows that were added since a version, or all.
 
 Knows versions and the feed; does not know what makes a row a fact. Reads, and never writes.
 """
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 _MISSING = "deltalake is not installed; pip install 'memedit[delta]'"
 _CHANGE, _VERSION = "_change_type", "_commit_version"
-_TAKEN_BACK = ("delete", "update_preimage")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _ANSWER = re.compile(r"<\?xml.*?(?:<Code>(\w+)</Code>.*)?\Z", re.DOTALL)
 _DENIED = re.compile(r"\b403\b|\b401\b|Forbidden|necessary privileges")
@@ -43,10 +42,12 @@ class DeltaSource(Source):
         return self.settings.name or f"delta:{without_keys(self.settings.path)}"
 
     def read(self, since: Mark | None) -> Reading | None:
-        """See `Source`; changes come in the order of their versions, what is taken back first.
+        """See `Source`; rows that were added come in the order of their versions.
 
-        All changes are in memory at once, as Arrow has them: only when they have been read is it
-        known that none of their files is gone.
+        Where rows were also taken back, the whole table is read: which of several equal or
+        contradicting rows is left cannot be told from the changes. All changes are in memory at
+        once, as Arrow has them: only when they have been read is it known that none of their files
+        is gone.
 
         Raises:
             InputError: The package, the table or a column is missing, the table cannot be read, or
@@ -60,20 +61,19 @@ class DeltaSource(Source):
         schema = self._asked(lambda: _schema(table))
         require_columns(self.settings.columns, schema.names, source=self.settings.path)
         require_condition(self.settings.where, schema, source=self.settings.path)
-        changes, why = None, None
+        added, why = None, None
         if since is not None:
-            changes, why = self._changes(table, mark, since)
+            added, why = self._added(table, mark, since)
         rows = portions(
-            self._all(table) if changes is None else iter([changes]),
+            self._all(table) if added is None else iter([added]),
             place=self.settings.path,
             where=self.settings.where,
-            retracts=None if changes is None else _CHANGE,
         )
         return Reading(
             rows=rows,
             mark=mark,
             snapshot=f"version {mark['version']}",
-            complete=changes is None,
+            complete=added is None,
             notes=() if why is None else (f"read the whole table: {why}",),
         )
 
@@ -120,10 +120,10 @@ class DeltaSource(Source):
 
     # ------------------------------------------------------------------------------- changes
 
-    def _changes(
+    def _added(
         self, table: DeltaTable, mark: Mark, since: Mark
     ) -> tuple[pa.Table | None, str | None]:
-        """What has changed since a mark, or why that cannot be told.
+        """The rows that were added since a mark, or why that is not enough.
 
         Raises:
             InputError: The versions since are gone, and that is to be an error.
@@ -143,12 +143,15 @@ class DeltaSource(Source):
         if not _has_feed(before):
             return None, f"its change data feed began after version {last}, which was read last"
         try:
-            return _feed(table, last + 1), None
+            added = _feed(table, last + 1)
         except Exception as error:
             text = _plain(error)
             if "change data" in text.lower():
                 return None, f"its change data feed was off at some time since version {last}"
             return None, self._gone(last, text)
+        if added is None:
+            return None, f"rows were changed or deleted since version {last}"
+        return added, None
 
     def _gone(self, last: int, reason: str) -> str:
         gone = f"the changes since version {last}, which was read last, are gone ({reason})"
@@ -185,8 +188,8 @@ def _has_feed(table: DeltaTable) -> bool:
     return str(settings.get("delta.enableChangeDataFeed")).lower() == "true"
 
 
-def _feed(table: DeltaTable, first: int) -> pa.Table:
-    """All changes from a version on, in order; `_CHANGE` says whether a row is taken back."""
+def _feed(table: DeltaTable, first: int) -> pa.Table | None:
+    """The rows that were added from a version on, in order; None if any was taken back."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -197,11 +200,10 @@ def _feed(table: DeltaTable, first: int) -> pa.Table:
     )
     # Without this some texts come as views, which cannot be sorted.
     changes = pa.RecordBatchReader.from_stream(feed, schema=wanted).read_all()
-    taken_back = pc.is_in(changes.column(_CHANGE), value_set=pa.array(_TAKEN_BACK))
-    later = pc.invert(taken_back).cast(pa.int8())
-    keys = pa.table({"version": changes.column(_VERSION), "later": later})
-    order = pc.sort_indices(keys, sort_keys=[("version", "ascending"), ("later", "ascending")])
-    return changes.select(schema.names).append_column(_CHANGE, taken_back).take(order)
+    if pc.any(pc.not_equal(changes.column(_CHANGE), "insert")).as_py():
+        return None
+    order = pc.sort_indices(changes, sort_keys=[(_VERSION, "ascending")])
+    return changes.select(schema.names).take(order)
 
 
 def _by_age(table: DeltaTable) -> Iterator[pa.RecordBatch]:

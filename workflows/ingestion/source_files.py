@@ -26,9 +26,10 @@ from memedit.config import digest_of
 from memedit.errors import InputError
 from memedit.files import File, Files
 from workflows.facts import READERS, Unreadable, check_layout, rows_of
+from workflows.ingestion.rows import Rewritten
 from workflows.ingestion.source import Mark, Reading, SourceRow
 from workflows.ingestion.source_settings import FilesSettings
-from workflows.ingestion.where import matching
+from workflows.ingestion.where import numbers
 from workflows.wording import did_you_mean
 
 PORTION = 10_000
@@ -66,7 +67,8 @@ class FilesSource:
             dict(self.settings.columns), self.settings.where, self.templates, self.settings.complete
         )
         same_reader = since is not None and since.get("reader") == reader
-        prints = {name: files.fingerprint(name) for name in found}
+        prints = _fingerprints(files, found)
+        found = list(prints)
         known = {n: before[n] for n in found if n in before}
         to_read = [
             n for n in found if not (same_reader and n in known and known[n][0] == prints[n])
@@ -81,6 +83,9 @@ class FilesSource:
         appends = self.settings.after == "keep" and not self.settings.complete
         before_now = {n: known[n] for n in known} if appends else {}
         done = {n: known[n] for n in found if n in known and n not in to_read}
+        if appends:  # one that is away for a while is not new when it comes back
+            away = {n: before[n] for n in before if n not in prints}
+            done |= {n: [e[0] if same_reader else None, *e[1:]] for n, e in away.items()}
         return Reading(
             rows=self._rows(files, to_read, prints, before_now, done),
             mark={"reader": reader, "files": done},
@@ -89,13 +94,14 @@ class FilesSource:
         )
 
     def settle(self, mark: Mark) -> None:
-        """Move or remove the files that were read and have not changed since."""
+        """Move or remove the files that could be read and have not changed since."""
         if self.settings.after == "keep":
             return
         folder = self._place[0]
         files = open_files(folder)
-        for name, (fingerprint, *_) in mark["files"].items():
-            if files.size(name) is None or files.fingerprint(name) != fingerprint:
+        for name, (fingerprint, _, _, readable) in mark["files"].items():
+            there = readable and files.size(name) is not None
+            if not there or files.fingerprint(name) != fingerprint:
                 continue
             if self.settings.after == "archive":
                 _archive(folder, files, name)
@@ -135,41 +141,45 @@ class FilesSource:
         before: dict[str, Any],
         done: dict[str, Any],
     ) -> Iterator[list[SourceRow]]:
+        columns = dict.fromkeys(self.settings.columns.values())
         for name in names:
-            count = 0
+            count, readable = 0, True
             file = File(files, name)
             seen = self._seen(file, before.get(name))
             size = files.size(name)
-            rows = self._file_rows(file)
+            rows = self._file_rows(file, Rewritten if seen is None else SourceRow)
             while portion := list(itertools.islice(rows, PORTION)):
                 count = max(count, portion[-1].row)
-                yield [
-                    SourceRow(raw=r.raw, place=r.place, row=r.row, again=0 < r.row <= seen)
-                    for r in self._matching(portion)
-                ]
+                readable = readable and portion[-1].row > 0
+                found = self._matching(portion, columns)
+                if seen:
+                    found = [_seen_before(r) if r.row <= seen else r for r in found]
+                yield found
             # What has changed meanwhile is read again the next time.
             there = files.size(name) is not None
             same = there and files.fingerprint(name) == prints[name]
             content = _content(file, size) if there and not self.settings.complete else None
-            done[name] = [prints[name] if same else None, count, content]
+            done[name] = [prints[name] if same else None, count, content, readable]
 
-    def _seen(self, file: File, before: Any) -> int:
-        """How many of a file's first rows were read before; none of one that was written anew."""
-        if before is None or before[2] is None:
+    def _seen(self, file: File, before: Any) -> int | None:
+        """How many of a file's first rows were read before; None if it was written anew since."""
+        if before is None:
             return 0
+        if before[2] is None:
+            return None
         size, _ = before[2]
         if (file.files.size(file.name) or 0) < size:
-            return 0
-        return int(before[1]) if _content(file, size) == before[2] else 0
+            return None
+        return int(before[1]) if _content(file, size) == before[2] else None
 
-    def _file_rows(self, file: File) -> Iterator[SourceRow]:
+    def _file_rows(self, file: File, kind: type[SourceRow]) -> Iterator[SourceRow]:
         partition = _partition(file.name)
         place = str(file)
         try:
             for row, raw in rows_of(file, self._check_columns):
                 if partition and isinstance(raw, dict):
                     raw = {**partition, **raw}
-                yield SourceRow(raw=raw, place=place, row=row)
+                yield kind(raw=raw, place=place, row=row)
         except InputError as error:
             if self.on_bad_file == "fail" or self.settings.complete:
                 raise
@@ -195,20 +205,46 @@ class FilesSource:
             return ()
         return check_layout(columns, file)
 
-    def _matching(self, rows: list[SourceRow]) -> list[SourceRow]:
-        """Those that the condition allows; what cannot be read cannot be left out by it."""
+    def _matching(self, rows: list[SourceRow], columns: dict[str, None]) -> list[SourceRow]:
+        """Those that the condition allows; what cannot be read cannot be left out by it.
+
+        Args:
+            rows: Of one file.
+            columns: Those that were seen so far; what a row does not have is NULL.
+        """
         if self.settings.where is None:
             return rows
         tables = [r for r in rows if isinstance(r.raw, dict)]
         if not tables:
             return rows
-        found = matching(_table([r.raw for r in tables]), self.settings.where)
-        kept = {tables[i].row for i in found.column(_POSITION).to_pylist()}
+        own = dict.fromkeys(n for r in tables for n in r.raw)
+        taken = {n.casefold() for n in own}  # SQL knows no case
+        names = [*own, *(n for n in columns if n.casefold() not in taken)]
+        if not names:
+            return rows
+        columns |= own
+        table = _table([r.raw for r in tables], names)
+        kept = {tables[i].row for i in numbers(table, self.settings.where)}
         return [r for r in rows if not isinstance(r.raw, dict) or r.row in kept]
 
 
-_POSITION = "__position__"
 _CHUNK = 1 << 20
+
+
+def _fingerprints(files: Files, names: list[str]) -> dict[str, Any]:
+    """Of the files that are still there."""
+    found: dict[str, Any] = {}
+    for name in names:
+        try:
+            found[name] = files.fingerprint(name)
+        except (InputError, OSError):
+            if files.size(name) is not None:
+                raise
+    return found
+
+
+def _seen_before(row: SourceRow) -> SourceRow:
+    return SourceRow(raw=row.raw, place=row.place, row=row.row, again=row.row > 0)
 
 
 def _content(file: File, size: int | None = None) -> list[Any]:
@@ -221,17 +257,16 @@ def _content(file: File, size: int | None = None) -> list[Any]:
     return [read, found.hexdigest()]
 
 
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
+def _table(rows: list[dict[str, Any]], names: Iterable[str]) -> pa.Table:
     """Rows of any shape as a table: lists and objects as JSON, mixed columns as texts."""
     columns: dict[str, Any] = {}
-    for name in dict.fromkeys(n for row in rows for n in row):
+    for name in names:
         values = [_cell(row.get(name)) for row in rows]
         try:
             column = pa.array(values)
         except (pa.ArrowException, OverflowError, UnicodeError):
             column = pa.array([None if v is None else _written(v) for v in values], pa.string())
         columns[_written(name)] = column
-    columns[_POSITION] = pa.array(range(len(rows)), pa.int64())
     return pa.table(columns)
 
 

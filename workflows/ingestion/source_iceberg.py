@@ -60,20 +60,28 @@ class IcebergSource(Source):
             raise InputError(_MISSING, source=self.settings.table, field="source.kind") from None
         opened = _Opened.of(self.settings)
         current = opened.table.current_snapshot()
-        if current is None:
+        if current is None and since is None:
             return None
         mark = {
             "table_uuid": str(opened.table.metadata.table_uuid),
-            "snapshot": current.snapshot_id,
+            "snapshot": None if current is None else current.snapshot_id,
         }
         if since == mark:
             return None
+        if current is None:
+            return Reading(
+                rows=iter(()),
+                mark=mark,
+                snapshot="no snapshot",
+                complete=True,
+                notes=("the table has no snapshot any more: it is read as empty",),
+            )
 
         schema = opened.schema()
         require_columns(self.settings.columns, schema.names, source=self.settings.table)
         require_condition(self.settings.where, schema, source=self.settings.table)
         appended, why = None, None
-        if since is not None:
+        if since is not None and since.get("snapshot") is not None:
             appended, why = self._appended(opened.table, current, mark, since)
         tasks = opened.all_of(current) if appended is None else opened.added_by(appended)
         return Reading(

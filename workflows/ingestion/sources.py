@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.store import open_file
+from cluster.store import is_remote, open_file
 from memedit.errors import InputError
 from workflows.ingestion.rows import FIELDS
 from workflows.ingestion.source import Source
@@ -61,12 +61,29 @@ def parse_source(values: Mapping[str, Any]) -> AnySource:
     if not place_of(found).strip():
         name = "table" if isinstance(found, IcebergSettings) else "path"
         raise InputError("must not be empty", field=f"source.{name}")
+    if isinstance(found, FilesSettings) and found.after != "keep":
+        _check_after(found)
     for role in found.columns:
         if role not in FIELDS:
             raise InputError(
                 f"no field of a fact{did_you_mean(role, FIELDS)}", field=f"source.columns.{role}"
             )
     return found
+
+
+def _check_after(settings: FilesSettings) -> None:
+    """See that files can be put away, and are not needed any more once they were read."""
+    if settings.complete:
+        raise InputError(
+            "with `complete: true` the files are the table and must stay: `after: keep`",
+            field="source.after",
+        )
+    if is_remote(settings.path):
+        raise InputError(
+            "putting files away is for folders of this machine; under s3:// let a lifecycle rule"
+            " do it, with `after: keep`",
+            field="source.after",
+        )
 
 
 def open_source(settings: AnySource, *, templates: Any, on_bad_file: str) -> Source:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from memedit.errors import InputError
 from workflows.ingestion.source import SourceRow, Unreadable
@@ -36,7 +36,7 @@ def matching(batch: pa.RecordBatch | pa.Table, where: str) -> pa.Table:
     import pyarrow as pa
 
     table = batch if isinstance(batch, pa.Table) else pa.Table.from_batches([batch])
-    return _taken(table, _numbers(table, where))
+    return _taken(table, numbers(table, where))
 
 
 def require_columns(wanted: Mapping[str, str], found: Sequence[str], *, source: object) -> None:
@@ -78,7 +78,6 @@ def portions(
     *,
     place: str,
     where: str | None,
-    retracts: str | None = None,
 ) -> Iterator[list[SourceRow]]:
     """All rows of some batches that meet a condition, numbered through from 1 before it is asked.
 
@@ -86,7 +85,6 @@ def portions(
         batches: The rows, in their order.
         place: What the rows' place is called.
         where: An SQL condition.
-        retracts: A column that says of each row whether it is taken back; no column of the source.
 
     Raises:
         InputError: The condition fails at a value.
@@ -95,7 +93,7 @@ def portions(
     for batch in batches:
         for start in range(0, batch.num_rows, PORTION):
             part = batch.slice(start, PORTION)
-            rows = _rows(part, place=place, first=first, where=where, retracts=retracts)
+            rows = _rows(part, place=place, first=first, where=where)
             first += part.num_rows
             if rows:
                 yield rows
@@ -107,26 +105,20 @@ def _rows(
     place: str,
     first: int,
     where: str | None,
-    retracts: str | None,
 ) -> list[SourceRow]:
     import pyarrow as pa
 
     table = batch if isinstance(batch, pa.Table) else pa.Table.from_batches([batch])
-    gone = [False] * table.num_rows
-    if retracts is not None:
-        gone = table.column(retracts).to_pylist()
-        table = table.drop_columns([retracts])
-    numbers = list(range(table.num_rows))
+    found = list(range(table.num_rows))
     if where is not None:
         try:
-            numbers = _numbers(table, where)
+            found = numbers(table, where)
         except InputError as error:
             raise _in(place, error) from None
-        table = _taken(table, numbers)
-    ops: dict[bool, Literal["assert", "retract"]] = {False: "assert", True: "retract"}
+        table = _taken(table, found)
     return [
-        SourceRow(raw=raw, place=place, row=first + number, op=ops[gone[number]])
-        for number, raw in zip(numbers, _values(table), strict=True)
+        SourceRow(raw=raw, place=place, row=first + number)
+        for number, raw in zip(found, _values(table), strict=True)
     ]
 
 
@@ -183,8 +175,12 @@ def _database() -> duckdb.DuckDBPyConnection:
     return database
 
 
-def _numbers(table: pa.Table, where: str) -> list[int]:
-    """0-based numbers of the rows that meet a condition, ascending."""
+def numbers(table: pa.Table, where: str) -> list[int]:
+    """0-based numbers of the rows that meet a condition, ascending.
+
+    Raises:
+        InputError: As `matching`.
+    """
     import duckdb
     import pyarrow as pa
 

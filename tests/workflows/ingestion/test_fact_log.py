@@ -71,6 +71,33 @@ class TestChanges:
         assert place.log.history(head, "true", {}) == []
         assert not place.folder.exists()
 
+    def test_a_place_that_looks_like_a_partition(self, tmp_path: Path) -> None:
+        place = Place(tmp_path / "source=prod")
+        place.add(says("X", "Rome"))
+        place.add(says("Y", "Bonn"))
+        (row, _) = place.log.select(place.log.head(), "FROM state ORDER BY subject")
+        assert (row["subject"], row["source"]) == ("X", "a")
+
+    def test_what_the_database_cannot_do_names_the_registry(self, place: Place) -> None:
+        place.add(says("X", "Rome"))
+        with pytest.raises(InputError, match="Conversion Error") as raised:
+            place.log.select(place.log.head(), "SELECT CAST(subject AS INT) FROM state")
+        assert raised.value.source == str(place.folder)
+
+    def test_the_rule_is_kept(self, place: Place) -> None:
+        place.add(says("X", "Rome"))
+
+        def make(now: Head, merge: Merge) -> Change:
+            merge.decide("priority", ("a",))
+            return Change(rule=("priority", ("a",)))
+
+        head = place.log.commit(make)
+        assert head == place.log.commit(make) == place.log.head()
+        assert (head.conflicts, head.priority, head.sequence) == ("priority", ("a",), 2)
+        place.set_head(conflicts="oldest")
+        with pytest.raises(InputError, match="no rule 'oldest'"):
+            place.log.head()
+
     def test_each_change_is_a_segment_and_a_state(self, place: Place) -> None:
         first = place.add(says("X", "Rome", id="1"), says("Y", "Bonn", id="2"))
         second = place.add(says("X", "Oslo", id="3"))

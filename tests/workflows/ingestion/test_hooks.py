@@ -319,6 +319,21 @@ def test_a_webhook_gets_the_event(server: Received, monkeypatch: pytest.MonkeyPa
     assert headers["User-Agent"].startswith("memedit/")
 
 
+def test_a_part_of_the_address_may_be_a_secret(
+    server: Received, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLACK_TOKEN", "S3CRET")
+    monkeypatch.setenv("SLACK", server.url)
+    base = server.url.removesuffix("S3CRET")
+    urls = [f"{base}$SLACK_TOKEN", f"{base}a-${{SLACK_TOKEN}}?x", "$SLACK/x"]
+    assert told({"success": [{"url": url} for url in urls]}, EVENT) == []
+    assert [path.removeprefix("/services/T0/B0/") for _, path, _, _ in server.asked] == [
+        *("S3CRET", "a-S3CRET?x", "S3CRET/x")
+    ]
+    (text,) = told({"success": [{"url": f"{base}$NOBODY"}]}, EVENT)
+    assert text.endswith("the environment variable NOBODY is not set")
+
+
 def test_the_whole_address_may_be_a_secret(
     server: Received, monkeypatch: pytest.MonkeyPatch
 ) -> None:

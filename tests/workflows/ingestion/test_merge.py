@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from workflows.ingestion.merge import CLAIMS, Held, Merge, Rule, Said
-from workflows.ingestion.rows import RowReader
+from workflows.ingestion.rows import Rewritten, RowReader
 from workflows.ingestion.source import SourceRow
 
 START = datetime(2026, 11, 27, tzinfo=UTC)
@@ -54,6 +54,7 @@ class World:
         rule: Rule = "newest",
         complete: bool = False,
         priority: Sequence[str] = (),
+        **more: Any,
     ) -> list[tuple[int, str, str]]:
         """Let a source speak; the statements that are refused."""
         found = [
@@ -75,9 +76,10 @@ class World:
                 complete=complete,
                 rule=rule,
                 priority=priority,
+                **more,
             )
         )
-        self.gone = merge.gone(source)
+        self.gone, self.spared = merge.gone(source), merge.spared()
         self._keep()
         return refused
 
@@ -87,6 +89,10 @@ class World:
         )
         claim = Held(source=source, fact=fact, held=held, reason="by hand" if held else None)
         self._merge().hold([claim], run="h", rule="newest", priority=())
+        self._keep()
+
+    def decide(self, rule: Rule, priority: Sequence[str]) -> None:
+        self._merge().decide(rule, priority)
         self._keep()
 
     def _merge(self) -> Merge:
@@ -485,6 +491,120 @@ class TestAgain:
         world.read(says("X", "Rome", id="1"))
         world.read(SourceRow(raw=says("Y", "Bonn"), place="f", row=2, again=True))
         assert world.active() == {("X", "Rome"), ("Y", "Bonn")}
+
+    @pytest.mark.parametrize("row", [says("X", "Oslo", id="2"), says("Y", "Oslo", id="1")])
+    def test_an_old_row_does_not_become_the_newest(self, world: World, row: Row) -> None:
+        world.read(SourceRow(raw=says("X", "Rome", id="1"), place="f", row=2))
+        world.read(SourceRow(raw=row, place="f", row=1, again=True))
+        assert world.active() == {("X", "Rome")}
+        world.read(SourceRow(raw=row, place="f", row=3, again=True))
+        assert {target for _, target in world.active()} == {"Oslo"}
+
+
+def once_more(*rows: Row) -> list[SourceRow]:
+    """The rows of a file that was written anew."""
+    return [Rewritten(raw=r, place="f", row=n) for n, r in enumerate(rows, 1)]
+
+
+class TestRewritten:
+    def test_what_is_claimed_is_not_said_anew(self, world: World) -> None:
+        rows = [says("X", "Rome", id="1"), says("Y", "Bonn", id="2")]
+        world.read(*rows)
+        world.read(says("Y", "Oslo", id="9"), source="b")
+        world.hold("Rome")
+        before = world.rows()
+        world.read(*once_more(*rows))
+        assert world.rows() == before
+        edited = {**rows[0], "paraphrases": ["X lies in"]}
+        world.read(*once_more(edited, rows[1]))
+        assert world.active() == {("X", "Rome"), ("Y", "Oslo")}
+
+    def test_a_value_that_changes_back_and_forth(self, world: World) -> None:
+        for target in ("Rome", "Oslo", "Rome", "Oslo"):
+            world.read(*once_more(says("X", target, id="1")))
+            assert world.active() == {("X", target)}
+
+    @pytest.mark.parametrize(
+        "before", [says("X", "Oslo"), says("Y", "Oslo", id="1"), gone(id="1"), gone(subject="X")]
+    )
+    @pytest.mark.parametrize("rule", ["newest", "refuse"])
+    def test_what_stands_before_it_does_not_count(
+        self, world: World, before: Row, rule: Rule
+    ) -> None:
+        world.read(says("X", "Rome", id="1"))
+        assert world.read(*once_more(before, says("X", "Rome", id="1")), rule=rule) == []
+        assert world.active() == {("X", "Rome")}
+
+    @pytest.mark.parametrize(
+        ("after", "found"), [(says("X", "Oslo"), {("X", "Oslo")}), (gone(id="1"), set())]
+    )
+    def test_what_comes_after_it_does(
+        self, world: World, after: Row, found: set[tuple[str, str]]
+    ) -> None:
+        world.read(says("X", "Rome", id="1"))
+        world.read(*once_more(says("X", "Rome", id="1"), after))
+        assert world.active() == found
+
+    def test_a_newer_time_confirms_it(self, world: World) -> None:
+        world.read(says("X", "Rome", asserted_at=at(1)))
+        world.read(says("X", "Oslo", asserted_at=at(2)), source="b")
+        world.read(*once_more(says("X", "Rome", asserted_at=at(3))))
+        assert world.active() == {("X", "Rome")}
+
+
+class TestRejected:
+    @pytest.mark.parametrize("rejected", [("1", "g", 7), (None, "f", 1)])
+    def test_a_row_that_is_wrong_now_is_not_gone(
+        self, world: World, rejected: tuple[str | None, str, int]
+    ) -> None:
+        world.read(says("X", "Rome", id="1"), says("Y", "Bonn", id="2"), complete=True)
+        before = world.row("Rome")
+        world.read(complete=True, rejected=[rejected])
+        assert world.active() == {("X", "Rome")}
+        assert world.row("Rome") == before
+        assert (world.gone, world.spared) == ((1, 2), 1)
+        world.read(complete=True)
+        assert (world.active(), world.spared) == (set(), 0)
+
+    def test_another_row_at_its_place_is_another_row(self, world: World) -> None:
+        world.read(says("X", "Rome", id="1"), complete=True)
+        world.read(complete=True, rejected=[("2", "f", 1)])
+        assert world.active() == set()
+
+    def test_nor_is_one_that_is_refused(self, world: World) -> None:
+        world.read(says("X", "Rome", id="1"), source="b")
+        world.read(says("Y", "Bonn", id="2"), complete=True)
+        refused = world.read(says("X", "Oslo", id="2"), complete=True, rule="refuse")
+        assert len(refused) == 1
+        assert world.active() == {("X", "Rome"), ("Y", "Bonn")}
+
+
+class TestAnotherRule:
+    def test_contested_questions_are_answered_again(self, world: World) -> None:
+        world.read(says("X", "Rome"), says("Z", "Kyiv"), source="a")
+        world.read(says("X", "Oslo"), source="b")
+        world.decide("priority", ("a", "b"))
+        assert world.active() == {("X", "Rome"), ("Z", "Kyiv")}
+        world.read(says("Y", "Bonn"), source="c", rule_is_new=True)
+        assert world.active() == {("X", "Oslo"), ("Y", "Bonn"), ("Z", "Kyiv")}
+        events = len(world.events)
+        world.decide("newest", ())
+        assert len(world.events) == events
+
+    def test_what_is_refused_on_demand(self, world: World) -> None:
+        world.read(says("X", "Rome", id="1"))
+        assert len(world.read(says("X", "Oslo", id="2"), source="b", guarded=True)) == 1
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations("abc")))
+def test_of_equal_times_one_source_wins_however_rows_come(
+    world: World, order: tuple[str, ...]
+) -> None:
+    for source in order:
+        world.read(says("X", f"Rome {source}", asserted_at=at(1)), source=source)
+    world.hold(f"Rome {order[0]}", source=order[0])
+    world.hold(f"Rome {order[0]}", None, source=order[0])
+    assert world.active() == {("X", "Rome a")}
 
 
 @pytest.mark.parametrize("complete", [True, False])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from memedit.errors import InputError
@@ -219,6 +220,114 @@ class TestAtTheSameTime:
         assert place.register(source={"after": "archive"}).snapshot is None
         assert (place.drop / "archive" / "1.jsonl").exists()
 
+    def test_a_file_that_the_other_run_had_not_seen_stays(
+        self, place: Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        delete = {"after": "delete"}
+        place.put("1.jsonl", says("X", "Rome"), "not json")
+        second = place.put("2.jsonl", says("Y", "Bonn"))
+        aside = second.rename(place.drop.parent / "2.jsonl")
+        collect = module._collect
+
+        def and_meanwhile(*arguments: Any) -> Any:
+            found = collect(*arguments)
+            monkeypatch.undo()
+            second.rename(aside)
+            place.register(source=delete)
+            aside.rename(second)
+            return found
+
+        monkeypatch.setattr(module, "_collect", and_meanwhile)
+        aside.rename(second)
+        found = place.register(source=delete)
+        assert (found.read, found.snapshot, found.rejected) == (0, None, 0)
+        assert list(place.drop.iterdir()) == [second]
+        assert place.register(source=delete).read == 1
+        assert place.active() == {"Rome", "Bonn"}
+        assert list(place.drop.iterdir()) == []
+
+
+class TestNames:
+    def test_two_places_do_not_share_a_name_that_nobody_gave(
+        self, place: Place, tmp_path: Path
+    ) -> None:
+        place.put("1.jsonl", says("X", "Rome"))
+        place.register()
+        other = {"path": str(write_rows(tmp_path / "other.jsonl", [says("Y", "Bonn")]))}
+        with pytest.raises(InputError, match=r"give each source a `name`.*`name: files`") as raised:
+            place.register(source=other)
+        assert (raised.value.field, raised.value.source) == ("source.name", other["path"])
+        assert place.register(source={"path": f"{place.drop}/"}).snapshot is None
+        place.register(source={**other, "name": "files"})  # it has moved
+        assert place.active() == {"Rome", "Bonn"}
+
+
+class TestWrittenAnew:
+    def test_a_fact_that_was_taken_out_stays_out(self, place: Place) -> None:
+        place.put("1.jsonl", says("X", "Rome"), says("Y", "Bonn"))
+        place.register()
+        place.log.commit(_taken_out)
+        place.put("1.jsonl", says("Z", "Oslo"), says("X", "Rome"), says("Y", "Lima"))
+        assert place.register().read == 3
+        assert place.active() == {"Oslo", "Lima"}
+        place.put("2.jsonl", says("X", "Rome"))
+        place.register()
+        assert place.active() == {"Oslo", "Lima", "Rome"}
+
+
+class TestRows:
+    def test_another_condition_reads_all_of_a_table_again(
+        self, place: Place, tmp_path: Path
+    ) -> None:
+        from deltalake import write_deltalake
+
+        rows = [says("X", "Rome", year=1), says("Y", "Bonn", year=2)]
+        write_deltalake(tmp_path / "table", pa.Table.from_pylist(rows))
+        table: dict[str, Any] = {"kind": "delta", "path": str(tmp_path / "table")}
+        assert place.register(source=table).read == 2
+        assert place.register(source=table).snapshot is None
+        later = table | {"where": "year > 1"}
+        assert place.register(source=later).read == 1
+        assert place.active() == {"Bonn"}
+        assert place.register(source=later).snapshot is None
+
+    def test_a_row_that_is_wrong_now_keeps_its_fact(self, place: Place) -> None:
+        complete: dict[str, Any] = {"source": {"complete": True}}
+        place.put("1.jsonl", says("X", "Rome", id="1"), says("Y", "Bonn"), says("Z", "Oslo"))
+        place.register(**complete)
+        place.put("1.jsonl", says("X", "", id="1"), "not json", says("V", "Lima"))
+        found = place.register(**complete)
+        assert found.notes == ("2 facts stay, though their rows were rejected now",)
+        assert place.active() == {"Rome", "Bonn", "Lima"}
+
+
+class TestRule:
+    def test_it_belongs_to_the_registry(self, place: Place, tmp_path: Path) -> None:
+        place.put("1.jsonl", says("X", "Rome"))
+        other = str(write_rows(tmp_path / "other.jsonl", [says("X", "Oslo")]))
+        place.register(source={"name": "a"})
+        place.register(source={"name": "b", "path": other})
+        assert place.active() == {"Oslo"}
+        trusted: dict[str, Any] = {"conflicts": "priority", "priority": ("a", "b")}
+        found = place.register(source={"name": "a"}, **trusted)
+        assert (found.read, found.snapshot) == (0, None)
+        assert place.active() == {"Rome"}
+        head = place.log.head()
+        assert (head.conflicts, head.priority) == ("priority", ("a", "b"))
+        place.register(source={"name": "b", "path": other}, **trusted)
+        assert place.log.head() == head
+        rows = iter([[SourceRow(raw=says("X", "Bonn"), place="t", row=1)]])
+        register_table(place.log, rows, source="manual", rule="newest", run="r")
+        assert place.active() == {"Rome"}
+        place.put("2.jsonl", says("Y", "Lima"))
+        place.register(source={"name": "a"})
+        assert place.active() == {"Bonn", "Lima"}
+        assert place.log.head().conflicts == "newest"
+
+    def test_of_a_registry_without_facts(self, place: Place) -> None:
+        place.register(conflicts="refuse")
+        assert not (place.registry / HEAD).exists()
+
 
 class TestTables:
     def add(self, place: Place, *portions: list[dict[str, Any]]) -> int:
@@ -247,6 +356,7 @@ class TestTables:
         self, place: Place, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: {0, 1})
+        monkeypatch.setattr(module, "_PORTION", 4)
         portions = [[says(f"X{n}", "Rome"), says(f"Y{n}", "Bonn")] for n in range(9)]
         assert self.add(place, *portions) == 1
         rows = place.log.select(place.log.head(), "SELECT * FROM state ORDER BY place, row")
@@ -256,6 +366,14 @@ class TestTables:
         with pytest.raises(InputError) as raised:
             self.add(place, *portions, [says("Z", "")], [{}])
         assert (raised.value.source, raised.value.row) == ("t9", 1)
+
+    def test_a_few_rows_are_not_worth_a_process(
+        self, place: Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: {0, 1})
+        monkeypatch.setattr(module, "ProcessPoolExecutor", None)
+        assert self.add(place, *([says(f"X{n}", "Rome")] for n in range(9))) == 1
+        assert place.log.head().active == 9
 
     def test_no_row_at_all(self, place: Place) -> None:
         assert self.add(place) == 0

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workflows.ingestion.rows import FIELDS, STATEMENTS, DeadLetter, RowReader, raw_text
+from workflows.ingestion.rows import FIELDS, STATEMENTS, DeadLetter, Rewritten, RowReader, raw_text
 from workflows.ingestion.source import SourceRow, Unreadable
 
 FACT = {"subject": "Café", "prompt": "{} is in", "target_new": "Rome"}
@@ -48,12 +48,24 @@ class TestFacts:
             "asserted_at": "2026-11-27T02:00:00+02:00",
         }
         found = read(raw, again=True)
+        assert not found["rewritten"]
         assert (found["op"], found["explicit"], found["again"]) == ("assert", False, True)
         assert (found["id"], found["relation"]) == ("3", "P131")
         assert found["paraphrases"] == ["Café lies in"]
         assert found["neighbourhood"] == raw["neighbourhood"]
         assert found["asserted_at"] == datetime(2026, 11, 27, tzinfo=UTC)
         assert (found["place"], found["row"]) == ("f.jsonl", 7)
+
+    def test_one_of_a_file_that_was_written_anew(self) -> None:
+        batch, _ = RowReader().read([Rewritten(raw=FACT, place="f", row=1)])
+        assert batch.to_pylist()[0]["rewritten"]
+
+    @pytest.mark.parametrize(
+        ("raw", "name"),
+        [({"id": 3}, "3"), ({"case_id": "4"}, "4"), ({"id": [1]}, None), ({}, None), ([], None)],
+    )
+    def test_the_id_of_one_that_is_wrong(self, raw: Any, name: str | None) -> None:
+        assert rejected(raw).id == name
 
     def test_what_a_fact_is_known_by(self) -> None:
         plain = read(FACT)
@@ -129,7 +141,13 @@ class TestRetractions:
         found = read({"subject": "Café", "prompt": "Café is in", "retracted": True})
         assert found["question"] == read(FACT)["question"]
 
-    @pytest.mark.parametrize("raw", [{"id": 4}, {"case_id": "4"}, {"id": "4", "subject": "Café"}])
+    @pytest.mark.parametrize(
+        "raw",
+        [
+            *({"id": 4}, {"case_id": "4"}, {"id": "4", "subject": "Café"}),
+            {"id": "4", "subject": "Café", "target_new": "Rome"},
+        ],
+    )
     def test_by_the_id(self, raw: dict[str, Any]) -> None:
         found = read(raw | {"retracted": True})
         assert (found["id"], found["fact"], found["question"]) == ("4", None, None)
@@ -145,11 +163,13 @@ class TestRetractions:
         batch, dead = RowReader().read([row])
         assert (batch.num_rows, dead) == (0, [])
 
-    @pytest.mark.parametrize("word", ["true", " Yes ", "1", "D", "deleted", "RETRACT", 1, True])
+    @pytest.mark.parametrize("word", ["true", " Yes ", "1", "D", "deleted", "RETRACT", 1.0, True])
     def test_words_for_yes(self, word: Any) -> None:
         assert read(FACT | {"retracted": word})["op"] == "retract"
 
-    @pytest.mark.parametrize("word", ["false", "no", "0", "", "u", "INSERT", "c", 0, False, None])
+    @pytest.mark.parametrize(
+        "word", ["false", "no", "0", "", "u", "INSERT", "c", 0, 0.0, float("nan"), False, None]
+    )
     def test_words_for_no(self, word: Any) -> None:
         assert read(FACT | {"retracted": word})["op"] == "assert"
 

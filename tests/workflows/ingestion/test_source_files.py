@@ -18,6 +18,7 @@ from tests.s3.objects import Objects
 from tests.s3.server import SeaweedServer
 from tests.workflows.runs import write_rows
 from workflows.ingestion import source_files
+from workflows.ingestion.rows import Rewritten
 from workflows.ingestion.source import Reading, SourceRow, Unreadable
 from workflows.ingestion.source_files import FilesSource
 from workflows.ingestion.source_settings import FilesSettings
@@ -293,6 +294,22 @@ class TestWhere:
         drop.settings = {"where": "day = '7' AND n = 'two' AND more LIKE '%a%'"}
         assert drop.targets() == ["Oslo"]
 
+    def test_a_column_that_a_row_does_not_have_is_null(
+        self, drop: Drop, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(source_files, "PORTION", 1)
+        where = "city IS NULL AND (year IS NULL OR year > 1)"
+        drop.settings = {"where": where, "columns": {"relation": "city"}}
+        drop.put("a.jsonl", says("X", "Rome", year=1), says("Y", "Oslo"), says("Z", "Bonn", Year=2))
+        drop.put("b.jsonl", {}, says("V", "Lima"), says("W", "Kyiv", city="x"))
+        assert [row.raw.get("target_new") for row in drop.rows()] == ["Oslo", "Bonn", None, "Lima"]
+
+    def test_columns_that_are_not_the_sources_are_not_shown(self, drop: Drop) -> None:
+        drop.put("a.jsonl", {"subject": "X", "year": 1})
+        drop.settings, drop.more = {"where": "yeer > 1"}, {"on_bad_file": "fail"}
+        with pytest.raises(InputError, match=r"columns found: subject, year$"):
+            drop.rows()
+
     @pytest.mark.parametrize("where", ["yeer > 1", "1; DROP TABLE x", "year >", "true) OR (true"])
     def test_what_is_no_condition(self, drop: Drop, where: str) -> None:
         drop.put("a.jsonl", says("X", "Rome", year=1))
@@ -338,9 +355,46 @@ class TestNew:
         assert drop.rows() == []
 
     def test_what_was_written_anew_is_said_anew(self, drop: Drop) -> None:
+        known = False
         for place in ("Rome", "Oslo", "Rome"):
             drop.put("a.jsonl", says("X", place), says("Y", "Lima"))
-            assert drop.targets() == [place, "Lima"]
+            rows = drop.rows()
+            assert [row.raw["target_new"] for row in rows] == [place, "Lima"]
+            assert not any(row.again for row in rows)
+            assert {isinstance(row, Rewritten) for row in rows} == {known}
+            known = True
+        drop.put("b.jsonl", says("X", "Bonn"))
+        assert not any(isinstance(row, Rewritten) for row in drop.rows())
+
+    def test_a_file_that_comes_back_is_not_new(self, drop: Drop) -> None:
+        path = drop.put("a.jsonl", says("X", "Rome"))
+        drop.put("b.jsonl", says("Y", "Oslo"))
+        drop.rows()
+        aside = path.rename(drop.folder.parent / "a.jsonl")
+        assert drop.rows() == []
+        drop.put("c.jsonl", says("Z", "Bonn"))
+        assert drop.targets() == ["Bonn"]
+        aside.rename(path)
+        assert drop.rows() == []
+        path.rename(aside)
+        drop.settings = {"where": "true"}
+        drop.rows()
+        aside.rename(path)
+        assert [row.again for row in drop.rows()] == [True]
+
+    def test_a_file_that_goes_after_it_was_listed(
+        self, drop: Drop, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = drop.put("a.jsonl", says("X", "Rome"))
+        drop.put("b.jsonl", says("Y", "Oslo"))
+        really = LocalFiles.fingerprint
+
+        def gone(self: LocalFiles, name: str) -> list[Any]:
+            path.unlink(missing_ok=True)
+            return really(self, name)
+
+        monkeypatch.setattr(LocalFiles, "fingerprint", gone)
+        assert drop.targets() == ["Oslo"]
 
     def test_another_file_with_an_old_name(self, drop: Drop) -> None:
         path = drop.put("a.jsonl", says("X", "Rome"), says("Y", "Oslo"))
@@ -461,6 +515,22 @@ class TestAfter:
         ]
         assert "Bonn" in (drop.folder / "archive" / "a.2.jsonl").read_text()
         assert drop.rows() == []
+
+    @pytest.mark.parametrize("after", ["archive", "delete"])
+    def test_a_file_that_could_not_be_read_stays(self, drop: Drop, after: str) -> None:
+        drop.put("a.jsonl", says("X", "Rome"))
+        bad = drop.folder / "b.parquet"
+        bad.write_bytes(b"PAR1 this is not PAR1")
+        self.settled(drop, after)
+        assert bad.exists() and not (drop.folder / "a.jsonl").exists()
+        drop.put("c.jsonl", says("Y", "Oslo"))
+        self.settled(drop, after)
+        assert bad.exists() and not (drop.folder / "c.jsonl").exists()
+        pq.write_table(pa.Table.from_pylist([says("Z", "Bonn")]), bad)
+        assert drop.targets() == ["Bonn"]
+        assert drop.mark is not None
+        drop.source.settle(drop.mark)
+        assert not bad.exists()
 
     def test_what_has_changed_since_stays(self, drop: Drop) -> None:
         path = drop.put("a.jsonl", says("X", "Rome"))

@@ -117,6 +117,20 @@ def test_a_table_from_which_all_was_deleted_is_read_as_empty(lake: Lake) -> None
     assert reading.complete and rows(reading) == []
 
 
+def test_a_table_that_was_made_anew_and_is_empty_is_read_as_empty(lake: Lake) -> None:
+    lake.table.append(some(1))
+    mark = lake.read().mark
+    lake.catalog.drop_table(NAME)
+    lake.table = lake.make()
+    reading = lake.read(mark, expired="fail")
+    assert reading.complete and rows(reading) == []
+    mark = json.loads(json.dumps(reading.mark))
+    assert lake.source().read(mark) is None
+    lake.table.append(some(2))
+    reading = lake.read(mark, expired="fail")
+    assert reading.complete and reading.notes == () and rows(reading) == [(1, 2, "x2")]
+
+
 @pytest.mark.parametrize("change", ["delete", "overwrite"])
 def test_what_is_more_than_an_append_needs_the_whole_table(lake: Lake, change: str) -> None:
     lake.table.append(some(1, 2))

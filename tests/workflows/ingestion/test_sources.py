@@ -44,7 +44,7 @@ def test_all_that_files_can_be_told() -> None:
         "columns": {"subject": "person"},
         "where": "year > 2000",
         "templates": {"P19": "{} was born in"},
-        "complete": True,
+        "complete": False,
         "after": "archive",
     }
     assert parse_source(values) == FilesSettings(**values)
@@ -63,6 +63,8 @@ def test_all_that_files_can_be_told() -> None:
         ({"path": ""}, "source.path", "empty"),
         ({"path": "x", "complete": "perhaps"}, "source.complete", "bool"),
         ({"path": "x", "after": "burn"}, "source.after", "archive"),
+        ({"path": "x", "complete": True, "after": "archive"}, "source.after", "complete: true"),
+        ({"path": "s3://b/x", "after": "delete"}, "source.after", "lifecycle"),
         ({"path": "x", "columns": {"subjekt": "s"}}, "source.columns.subjekt", "'subject'"),
         ({"path": "x", "columns": {"subject": 3}}, "source.columns.subject", "string"),
         ({"path": "x", "columns": "subject"}, "source.columns", ""),
