@@ -42,7 +42,7 @@ class ReviewSample:
 
     def choose(self, requests: Sequence[EditRequest]) -> Sequence[EditRequest]:
         """New facts, and a sample of all that the version must say, old ones too."""
-        self._check_previous()
+        self._compared_with()  # not after hours, if it cannot be
         ordered = sorted(requests, key=lambda r: r.digest)
         new = [r for r in ordered if self.desired.is_new(r)][: self.job.judged_new]
         some = self.desired.sample(self.job.judged_all)
@@ -103,22 +103,30 @@ class ReviewSample:
             self.verdict.hurt = hurt(outcome, self._groups["new"])
             raise GateError(not_published(missed, outcome.after.metrics))
 
-    def _check_previous(self) -> None:
-        """Refuse now, not after hours, to compare with what cannot be judged."""
+    def _compared_with(self) -> str | None:
+        """The version before, where a gate speaks of it and it can be judged.
+
+        Raises:
+            InputError: It is a delta or an adapter.
+        """
         current = self.desired.current
         if current is None or all(gate.model != "previous" for gate in self.job.gates):
-            return
-        manifest = self.registry.require_whole(current).manifest
+            return None
+        try:
+            manifest = self.registry.require_whole(current).manifest
+        except InputError:  # damaged, and perhaps what is being made anew: as if there were none
+            return None
         if manifest is None or manifest.format != "full":
             raise InputError(
                 f"the version before ({current}) is no full checkpoint, so it cannot be judged",
                 field="gate",
             )
+        return current
 
     def _previous(self, trial: Trial) -> Evaluation | None:
         """The version before on the same facts, where a gate speaks of it."""
-        current = self.desired.current
-        if current is None or all(gate.model != "previous" for gate in self.job.gates):
+        current = self._compared_with()
+        if current is None:
             return None
         files = self.registry.store.files(folder_of(current))
         trial.executor.broadcast("load", trial.base.spec(files=files))
