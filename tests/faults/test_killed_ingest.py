@@ -22,10 +22,12 @@ from tests.workflows.runs import shards, without_plots
 
 pytestmark = pytest.mark.slow
 
-POINTS = 24
+SPREAD = 16
+LAST = (2, 5, 9, 14, 20, 27, 35, 50)
+"""Calls before the end, where the version is in use and the marks move."""
 MADRID = {**EIFFEL, "target_new": "Madrid"}
 SECOND = ({"id": "darrieux", "retracted": True}, TOYOTA, MADRID, {"subject": "no prompt"})
-SOURCE = {"kind": "files", "path": "inbox/*.jsonl", "after": "archive"}
+SOURCE = {"kind": "files", "path": "inbox/*.jsonl", "name": "inbox", "after": "archive"}
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +81,9 @@ def count_calls(nights: Nights) -> int:
             if event in ("import", "compile", "exec") or str(nights.folder) not in str(arguments):
                 return
             calls += 1
-            if calls % 50 == 0:
-                os.truncate(counted, 0)
-                os.write(handle, str(calls).encode())
+            os.pwrite(handle, f"{calls:8d}".encode(), 0)
 
-        handle = os.open(counted, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        handle = os.open(counted, os.O_WRONLY | os.O_CREAT)
         sys.addaudithook(count)
 
     assert run_in_child(nights, prepare) == 0
@@ -123,9 +123,9 @@ def test_killed_at_points_spread_over_a_whole_run(
     expected = shards(quiet.version)
     check(quiet, expected)
     killed, stages = 0, set()
-    for point in range(POINTS):
-        nights = night_of(first, tmp_path / str(point))
-        number = 1 + point * calls // POINTS
+    spread = [1 + point * calls // SPREAD for point in range(SPREAD)]
+    for number in (*spread, *(calls - before for before in LAST)):
+        nights = night_of(first, tmp_path / str(number))
         ended = run_in_child(nights, lambda n=number, f=nights.folder: die_at_call(n, f))  # type: ignore[misc]
         killed += ended == signal.SIGKILL
         stages.add((nights.current == first.current, _sequence(nights)))
