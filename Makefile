@@ -33,7 +33,7 @@ demo: $(STAMP)  ## Edit the embedded default model with examples/facts.jsonl
 	$(BIN)/memedit edit --model smollm2 --facts examples/facts.jsonl --out $(DEMO)
 	@echo "Report: file://$(CURDIR)/$(DEMO)/report.html"
 
-test: $(STAMP)  ## All tests: side by side what may, then the rest
+test: $(STAMP)  ## All tests: side by side what may, then what wants the machine for itself
 	$(BIN)/python -m pytest -n auto -m beside
 	$(BIN)/python -m pytest -m "not beside"
 

@@ -20,19 +20,20 @@ torch.set_num_threads(1)
 
 
 _OF_MODULES = ("memedit", "cluster", "workflows")
-_BESIDE = (*_OF_MODULES, "equivalence", "examples", "benchmarks", "s3")
+_ALONE = ("test_s3_kill", "test_s3_faults", "test_s3_traffic", "test_disk_full", "test_cut_link")
+"""They count requests, fill disks, or kill at moments that they measure."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what may run side by side, and of it the fast tests of single modules.
 
-    Ray, faults and whole worlds want the machine for themselves.
+    Ray wants the machine for itself.
     """
     for item in items:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
         marks = {mark.name for mark in item.iter_markers()}
-        if folder in _BESIDE and "ray" not in marks:
+        if "ray" not in marks and item.path.stem not in _ALONE:
             item.add_marker("beside")
             if folder in _OF_MODULES and "slow" not in marks:
                 item.add_marker("unit")
