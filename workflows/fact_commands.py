@@ -19,8 +19,10 @@ from memedit.layouts import to_row
 from memedit.progress import Progress
 from memedit.writing import whole_file
 from workflows.facts import rows_of, write_facts
-from workflows.ingestion.fact_log import Change, FactLog, Head, request_of
-from workflows.ingestion.merge import Held, Merge
+from workflows.ingestion.claims import Held
+from workflows.ingestion.fact_log import FactLog, request_of
+from workflows.ingestion.head import Change, Head
+from workflows.ingestion.merge import Merge
 from workflows.ingestion.register import register_table
 from workflows.ingestion.runs import Runs
 from workflows.ingestion.settings import (

@@ -21,9 +21,11 @@ from memedit.errors import InputError
 from memedit.progress import Progress
 from memedit.requests import EditRequest
 from workflows.findings import plural
+from workflows.ingestion.claims import Held
 from workflows.ingestion.compacted import compacted_at
-from workflows.ingestion.fact_log import Change, Difference, FactLog, Head, request_of
-from workflows.ingestion.merge import Held, Merge
+from workflows.ingestion.fact_log import FactLog, request_of
+from workflows.ingestion.head import Change, Difference, Head
+from workflows.ingestion.merge import Merge
 from workflows.ingestion.rows import DIGEST
 from workflows.ingestion.runs import Runs
 from workflows.ingestion.settings import IngestJob

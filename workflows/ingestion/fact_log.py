@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, get_args
@@ -30,12 +30,13 @@ import pyarrow.parquet as pq
 
 from cluster.artifacts import Artifacts, open_artifacts
 from cluster.storage import StorageSettings
-from cluster.store import ABSENT, Store, is_remote, join, open_store
+from cluster.store import Store, is_remote, join, open_store
 from memedit.errors import InputError, LockError
 from memedit.requests import EditRequest, Neighbour, Provenance
-from workflows.ingestion.merge import CLAIMS, Merge, Rule
+from workflows.ingestion.claims import CLAIMS, Rule
+from workflows.ingestion.head import Change, Difference, Head
+from workflows.ingestion.merge import Merge
 from workflows.ingestion.rows import STATEMENTS, TIME, DeadLetter
-from workflows.ingestion.source import Mark
 
 HEAD = "facts/HEAD"
 _TRIES = 20
@@ -57,56 +58,6 @@ REJECTS = pa.schema(
         ("sequence", pa.int64()),
     ]
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Head:
-    """What `facts/HEAD` says."""
-
-    sequence: int = 0
-    at: str = ""
-    log: tuple[str, ...] = ()
-    state: str | None = None
-    rejects: tuple[str, ...] = ()
-    read: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """By source: its mark, kind, place and snapshot, and when it was read."""
-    counts: Mapping[str, int] = field(default_factory=dict)
-    """Claims by state."""
-    conflicts: Rule = "newest"
-    """What is done with contradictions, and with `priority` in which order of sources."""
-    priority: tuple[str, ...] = ()
-    token: str = ABSENT
-
-    def mark(self, source: str) -> Mark | None:
-        """How far a source was read."""
-        found = self.read.get(source)
-        mark: Mark | None = found["mark"] if found else None
-        return mark
-
-    @property
-    def active(self) -> int:
-        """How many facts hold."""
-        return self.counts.get("active", 0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """What a change leaves behind beside the claims that it touched."""
-
-    rejects: Sequence[Mapping[str, Any]] = ()
-    read: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    rule: tuple[Rule, tuple[str, ...]] | None = None
-    """What the registry does with contradictions from now on, and its priority."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """What became of the facts between two moments."""
-
-    added: frozenset[str] = frozenset()
-    superseded: tuple[Mapping[str, Any], ...] = ()
-    """Facts in whose place another one is now."""
-    retracted: tuple[Mapping[str, Any], ...] = ()
 
 
 class FactLog:

@@ -11,7 +11,8 @@ from cluster.current import Current, now
 from cluster.registry import Registry
 from cluster.store import ABSENT
 from cluster.versions import Version
-from workflows.ingestion.fact_log import FactLog, Head
+from workflows.ingestion.fact_log import FactLog
+from workflows.ingestion.head import Head
 from workflows.ingestion.page import (
     SHOWN_REJECTS,
     PageHistory,

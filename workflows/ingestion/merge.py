@@ -14,130 +14,18 @@ rows become statements (`rows`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import duckdb
 import pyarrow as pa
 
-from workflows.ingestion.rows import NEIGHBOURS, TEXTS, TIME
-
-Rule: TypeAlias = Literal["newest", "priority", "refuse"]
-
-CLAIMS = pa.schema(
-    [
-        ("id", pa.string()),
-        ("state", pa.string()),
-        ("subject", pa.string()),
-        ("prompt", pa.string()),
-        ("target_new", pa.string()),
-        ("target_true", pa.string()),
-        ("paraphrases", TEXTS),
-        ("neighbourhood", NEIGHBOURS),
-        ("relation", pa.string()),
-        ("valid_from", TIME),
-        ("valid_to", TIME),
-        ("reason", pa.string()),
-        ("superseded_by", pa.string()),
-        ("source", pa.string()),
-        ("place", pa.string()),
-        ("row", pa.int64()),
-        ("snapshot", pa.string()),
-        ("run", pa.string()),
-        ("said_at", TIME),
-        ("claimed", pa.bool_()),
-        ("held", pa.string()),
-        ("fact", pa.string()),
-        ("content", pa.string()),
-        ("question", pa.string()),
-        ("changed_at", TIME),
-        ("sequence", pa.int64()),
-    ]
-)
-"""One claim; a segment of the log holds those that changed, the state the last of each."""
+from workflows.ingestion.claims import CLAIMS, Held, Rule, Said
+from workflows.ingestion.standing import Standing, Stands
 
 _TEXT = "id, subject, prompt, target_new, target_true, paraphrases, neighbourhood, relation"
 _PLACE = "place, row, snapshot, run, said_at"
 _NAMES = ", ".join(CLAIMS.names)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Said:
-    """Who says something, when, and what is done with contradictions."""
-
-    source: str
-    at: datetime
-    run: str
-    snapshot: str
-    complete: bool
-    rule: Rule
-    priority: Sequence[str] = ()
-    """Sources from the most trusted on; those not named come last."""
-    guarded: bool = False
-    """What contradicts is refused whatever the rule."""
-    rule_is_new: bool = False
-    """All contested questions are answered again."""
-    rejected: Sequence[tuple[str | None, str, int]] = ()
-    """Id, place and row of rows that no statement could be made of."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """A claim that is taken out (`retracted`, `quarantined`), or with None counts again."""
-
-    source: str
-    fact: str
-    held: str | None
-    reason: str | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Stands:
-    """An answer that may not be contradicted, and how it is called where it is."""
-
-    fact: str
-    id: str
-    why: str
-
-
-class _Standing:
-    """Which answer stands to each question, while a source speaks row by row."""
-
-    def __init__(self) -> None:
-        self._own: dict[str, _Stands] = {}
-        self._others: dict[str, _Stands] = {}
-        self._questions: dict[str, str] = {}
-        """By the id of an own answer."""
-
-    def put(self, question: str, stands: _Stands, *, own: bool) -> None:
-        """From now on this is the answer; of several of others the last."""
-        if not own:
-            self._others[question] = stands
-            return
-        self._drop(question)
-        self._own[question] = stands
-        self._questions[stands.id] = question
-
-    def of(self, question: str) -> _Stands | None:
-        """The answer that stands; the others' where the source has none that is active."""
-        return self._own.get(question) or self._others.get(question)
-
-    def let_go(self, name: str) -> None:
-        """An id names something else from now on."""
-        if (question := self._questions.get(name)) is not None:
-            self._drop(question)
-
-    def retract(self, question: str | None, fact: str | None, name: str | None) -> None:
-        """The source takes an answer of its own back."""
-        if question is None:
-            self.let_go(name or "")
-        elif (stands := self._own.get(question)) and fact in (None, stands.fact):
-            self._drop(question)
-
-    def _drop(self, question: str) -> None:
-        if (stands := self._own.pop(question, None)) is not None:
-            del self._questions[stands.id]
 
 
 class Merge:
@@ -160,7 +48,7 @@ class Merge:
         """
         self._sql(
             """CREATE OR REPLACE TEMP TABLE batch AS
-            SELECT position, op, explicit, again, rewritten, fact, content, question, id,
+            SELECT position, op, again, rewritten, fact, content, question, id,
                 asserted_at IS NOT NULL AS timed, coalesce(asserted_at, $at) AS said_at,
                 row_number() OVER (ORDER BY coalesce(asserted_at, $at), position) AS turn
             FROM statements""",
@@ -268,17 +156,6 @@ class Merge:
             )
         if rewritten:
             self._leave_out_what_was_rewritten()
-        # What the source itself has taken out again since, whatever times its rows have.
-        self._sql(
-            """DELETE FROM batch b WHERE b.op = 'assert' AND EXISTS (
-                SELECT 1 FROM batch w WHERE w.op = 'retract' AND NOT w.explicit
-                AND w.fact = b.fact AND w.position > b.position)"""
-        )
-        self._sql(
-            """DELETE FROM batch w WHERE w.op = 'retract' AND NOT w.explicit AND EXISTS (
-                SELECT 1 FROM batch b WHERE b.op = 'assert' AND b.fact = w.fact
-                AND b.position > w.position)"""
-        )
         # What the source has said at a later time than this.
         self._sql(
             """DELETE FROM batch b WHERE b.op = 'assert' AND NOT $complete AND EXISTS (
@@ -354,7 +231,7 @@ class Merge:
                     AND n.turn > k.turn AND n.turn < w.turn)"""
         )
         unknown = self._sql(
-            """SELECT position FROM batch WHERE op = 'retract' AND explicit
+            """SELECT position FROM batch WHERE op = 'retract'
             AND position NOT IN (SELECT position FROM retractions) ORDER BY position"""
         ).fetchall()
         return [(p, "id", "a retraction of what this source does not say") for (p,) in unknown]
@@ -382,7 +259,7 @@ class Merge:
                 AND question IN (SELECT question FROM asked)
             ) GROUP BY question HAVING count(DISTINCT fact) > 1"""
         )
-        standing = _Standing()
+        standing = Standing()
         for question, fact, name, why, own in self._sql(
             """SELECT question, fact, id, 'the fact ' || id || ' (' || target_new
                 || '), which stands until it is retracted', source = $source
@@ -393,7 +270,7 @@ class Merge:
             source=said.source,
             complete=said.complete,
         ).fetchall():
-            standing.put(question, _Stands(fact=fact, id=name, why=why), own=own)
+            standing.put(question, Stands(fact=fact, id=name, why=why), own=own)
         found: list[tuple[int, str, str]] = []
         for position, op, question, fact, name, matters in self._sql(
             """SELECT position, op, question, fact, id, question IN (FROM contested) FROM batch
@@ -412,7 +289,7 @@ class Merge:
             standing.let_go(name)
             if matters:
                 why = f"the row before with the id {name}"
-                standing.put(question, _Stands(fact=fact, id=name, why=why), own=True)
+                standing.put(question, Stands(fact=fact, id=name, why=why), own=True)
         return self._take_out(found)
 
     def _take_out(self, found: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:

@@ -26,14 +26,10 @@ import pyarrow.parquet as pq
 from memedit.config import digest_of
 from memedit.errors import InputError
 from memedit.progress import Progress
-from workflows.ingestion.fact_log import (
-    Change,
-    FactLog,
-    Head,
-    rejects_of,
-    statements_schema,
-)
-from workflows.ingestion.merge import Merge, Rule, Said
+from workflows.ingestion.claims import Rule, Said
+from workflows.ingestion.fact_log import FactLog, rejects_of, statements_schema
+from workflows.ingestion.head import Change, Head
+from workflows.ingestion.merge import Merge
 from workflows.ingestion.rows import DeadLetter, RowReader
 from workflows.ingestion.settings import IngestJob
 from workflows.ingestion.source import Reading, SourceRow

@@ -62,7 +62,6 @@ TIME = pa.timestamp("us", tz="UTC")
 STATEMENTS = pa.schema(
     [
         ("op", pa.string()),
-        ("explicit", pa.bool_()),
         ("again", pa.bool_()),
         ("rewritten", pa.bool_()),
         ("fact", pa.string()),
@@ -82,18 +81,10 @@ STATEMENTS = pa.schema(
     ]
 )
 """`fact`: digest of what the model should say, `content`: of all that the row says of it,
-`question`: of subject and prompt, of which one answer can be right at a time. `explicit`: the row
-itself says that it is a retraction. `again`: see `SourceRow`. `rewritten`: see `Rewritten`."""
+`question`: of subject and prompt, of which one answer can be right at a time. `again`,
+`rewritten`: see `SourceRow`."""
 DIGEST = 32
 """Hexadecimal digits of a digest in the registry."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rewritten(SourceRow):
-    """A row of a file that was read before, and has been written anew as a whole since.
-
-    It says nothing new where the source says the very same already.
-    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +116,6 @@ class RowReader:
             try:
                 statements.append(self._statement(row))
             except InputError as error:
-                if row.op == "retract":
-                    continue  # what was never understood was never said
                 dead.append(
                     DeadLetter(
                         place=row.place,
@@ -151,10 +140,9 @@ class RowReader:
         relation = _text(beside["relation"], "relation")
         retracted = _truth(beside["retracted"])
         statement: dict[str, Any] = {
-            "op": "retract" if retracted or row.op == "retract" else "assert",
-            "explicit": retracted and row.op == "assert",
+            "op": "retract" if retracted else "assert",
             "again": row.again,
-            "rewritten": isinstance(row, Rewritten),
+            "rewritten": row.rewritten,
             "asserted_at": _time(beside["asserted_at"]),
             "relation": relation,
             "place": row.place,

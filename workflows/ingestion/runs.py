@@ -22,7 +22,7 @@ from cluster.current import now
 from cluster.store import ABSENT, Guard, Store, join
 from memedit.errors import InputError, LockError
 from memedit.outcome import EditOutcome
-from workflows.ingestion.fact_log import Head
+from workflows.ingestion.head import Head
 from workflows.ingestion.verdict import Verdict
 from workflows.wording import without_keys
 

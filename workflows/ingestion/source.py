@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from workflows.facts import Unreadable
 
@@ -26,10 +26,11 @@ class SourceRow:
     """The file or table."""
     row: int
     """1-based row or line."""
-    op: Literal["assert", "retract"] = "assert"
-    """`retract`: the source has said this before, and says it no longer."""
     again: bool = False
     """It was read before: it says nothing new, unless no fact could be made of it then."""
+    rewritten: bool = False
+    """Of a file that was read before, and has been written anew as a whole since: it says nothing
+    new where the source says the very same already."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,6 @@ from memedit.config import digest_of
 from memedit.errors import InputError
 from memedit.files import File, Files
 from workflows.facts import READERS, Unreadable, check_layout, rows_of
-from workflows.ingestion.rows import Rewritten
 from workflows.ingestion.source import Mark, Reading, SourceRow
 from workflows.ingestion.source_settings import FilesSettings
 from workflows.ingestion.where import numbers
@@ -147,7 +146,7 @@ class FilesSource:
             file = File(files, name)
             seen = self._seen(file, before.get(name))
             size = files.size(name)
-            rows = self._file_rows(file, Rewritten if seen is None else SourceRow)
+            rows = self._file_rows(file, rewritten=seen is None)
             while portion := list(itertools.islice(rows, PORTION)):
                 count = max(count, portion[-1].row)
                 readable = readable and portion[-1].row > 0
@@ -172,14 +171,14 @@ class FilesSource:
             return None
         return int(before[1]) if _content(file, size) == before[2] else None
 
-    def _file_rows(self, file: File, kind: type[SourceRow]) -> Iterator[SourceRow]:
+    def _file_rows(self, file: File, *, rewritten: bool) -> Iterator[SourceRow]:
         partition = _partition(file.name)
         place = str(file)
         try:
             for row, raw in rows_of(file, self._check_columns):
                 if partition and isinstance(raw, dict):
                     raw = {**partition, **raw}
-                yield kind(raw=raw, place=place, row=row)
+                yield SourceRow(raw=raw, place=place, row=row, rewritten=rewritten)
         except InputError as error:
             if self.on_bad_file == "fail" or self.settings.complete:
                 raise

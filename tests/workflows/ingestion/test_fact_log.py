@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from cluster.store import LocalStore
 from memedit.errors import InputError, LockError
 from tests.workflows.runs import contents
-from workflows.ingestion.fact_log import HEAD, Change, FactLog, Head
-from workflows.ingestion.merge import CLAIMS, Held, Merge, Rule
+from workflows.ingestion.claims import CLAIMS, Held, Rule
+from workflows.ingestion.fact_log import HEAD, FactLog
+from workflows.ingestion.head import Change, Head
+from workflows.ingestion.merge import Merge
 from workflows.ingestion.register import register_table
 from workflows.ingestion.source import SourceRow
 

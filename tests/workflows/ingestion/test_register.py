@@ -14,8 +14,10 @@ from memedit.errors import InputError
 from memedit.progress import Silent
 from tests.workflows.runs import write_rows
 from workflows.ingestion import register as module
-from workflows.ingestion.fact_log import HEAD, Change, FactLog, Head
-from workflows.ingestion.merge import Held, Merge
+from workflows.ingestion.claims import Held
+from workflows.ingestion.fact_log import HEAD, FactLog
+from workflows.ingestion.head import Change, Head
+from workflows.ingestion.merge import Merge
 from workflows.ingestion.register import Registered, register, register_table
 from workflows.ingestion.settings import IngestJob
 from workflows.ingestion.source import SourceRow

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workflows.ingestion.rows import FIELDS, STATEMENTS, DeadLetter, Rewritten, RowReader, raw_text
+from workflows.ingestion.rows import FIELDS, STATEMENTS, DeadLetter, RowReader, raw_text
 from workflows.ingestion.source import SourceRow, Unreadable
 
 FACT = {"subject": "Café", "prompt": "{} is in", "target_new": "Rome"}
@@ -49,7 +49,7 @@ class TestFacts:
         }
         found = read(raw, again=True)
         assert not found["rewritten"]
-        assert (found["op"], found["explicit"], found["again"]) == ("assert", False, True)
+        assert (found["op"], found["again"]) == ("assert", True)
         assert (found["id"], found["relation"]) == ("3", "P131")
         assert found["paraphrases"] == ["Café lies in"]
         assert found["neighbourhood"] == raw["neighbourhood"]
@@ -57,7 +57,7 @@ class TestFacts:
         assert (found["place"], found["row"]) == ("f.jsonl", 7)
 
     def test_one_of_a_file_that_was_written_anew(self) -> None:
-        batch, _ = RowReader().read([Rewritten(raw=FACT, place="f", row=1)])
+        batch, _ = RowReader().read([SourceRow(raw=FACT, place="f", row=1, rewritten=True)])
         assert batch.to_pylist()[0]["rewritten"]
 
     @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ class TestTemplates:
 class TestRetractions:
     def test_by_all_of_the_fact(self) -> None:
         found = read(FACT | {"retracted": True})
-        assert (found["op"], found["explicit"]) == ("retract", True)
+        assert found["op"] == "retract"
         assert found["fact"] == read(FACT)["fact"]
 
     def test_by_the_question(self) -> None:
@@ -155,13 +155,6 @@ class TestRetractions:
     def test_one_that_names_nothing(self) -> None:
         dead = rejected({"subject": "Café", "retracted": True})
         assert "names an id, or a subject and its prompt" in dead.reason
-
-    def test_of_the_source_is_not_explicit_and_never_a_dead_letter(self) -> None:
-        found = read(FACT, op="retract")
-        assert (found["op"], found["explicit"]) == ("retract", False)
-        row = SourceRow(raw={"subject": 3}, place="t", row=1, op="retract")
-        batch, dead = RowReader().read([row])
-        assert (batch.num_rows, dead) == (0, [])
 
     @pytest.mark.parametrize("word", ["true", " Yes ", "1", "D", "deleted", "RETRACT", 1.0, True])
     def test_words_for_yes(self, word: Any) -> None:

@@ -50,13 +50,13 @@ class Lake:
         assert reading is not None
         return reading
 
-    def rows(self, reading: Reading) -> list[tuple[str, int, str]]:
+    def rows(self, reading: Reading) -> list[tuple[int, str]]:
         """Op, id and name of each row; the row numbers must go through."""
         found = [row for portion in reading.rows for row in portion]
         assert {row.place for row in found} <= {self.path}
         assert [row.row for row in found] == list(range(1, len(found) + 1))
         assert all(row.raw.keys() == {"id", "name"} for row in found)
-        return [(row.op, row.raw["id"], row.raw["name"]) for row in found]
+        return [(row.raw["id"], row.raw["name"]) for row in found]
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_rows_that_were_added_come_by_version(lake: Lake) -> None:
     reading = lake.read(mark)
     assert not reading.complete and reading.notes == ()
     assert reading.snapshot == "version 3"
-    assert lake.rows(reading) == [("assert", 9, "x9"), ("assert", 4, "x4"), ("assert", 7, "x7")]
+    assert lake.rows(reading) == [(9, "x9"), (4, "x4"), (7, "x7")]
     assert lake.source().read(reading.mark) is None
 
 
@@ -120,7 +120,7 @@ def test_where_rows_were_taken_back_the_whole_table_is_read(lake: Lake, change: 
     reading = lake.read(mark, expired="fail")
     assert reading.complete
     assert reading.notes == ("read the whole table: rows were changed or deleted since version 1",)
-    assert sorted(lake.rows(reading)) == [("assert", *row) for row in sorted(expected.items())]
+    assert sorted(lake.rows(reading)) == sorted(expected.items())
     assert lake.source().read(reading.mark) is None
 
 
@@ -169,7 +169,7 @@ def test_a_feed_that_began_later(without_feed: Lake) -> None:
     assert reading.complete and len(without_feed.rows(reading)) == 5
     assert "began after version 0" in reading.notes[0]
     without_feed.append(6)
-    assert without_feed.rows(without_feed.read(reading.mark)) == [("assert", 6, "x6")]
+    assert without_feed.rows(without_feed.read(reading.mark)) == [(6, "x6")]
 
 
 def test_a_feed_that_was_off_for_a_while(lake: Lake) -> None:
@@ -354,7 +354,7 @@ def test_a_table_at_s3(
     reading = source.read(reading.mark)
     assert reading is not None and reading.complete
     [[row]] = reading.rows
-    assert (row.op, row.raw, row.place) == ("assert", {"id": 1, "name": "x1"}, s3)
+    assert (row.raw, row.place) == ({"id": 1, "name": "x1"}, s3)
     write_deltalake(s3, some(3), mode="append", storage_options=allow)
     reading = source.read(reading.mark)
     assert reading is not None and not reading.complete

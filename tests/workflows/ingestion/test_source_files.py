@@ -18,7 +18,6 @@ from tests.s3.objects import Objects
 from tests.s3.server import SeaweedServer
 from tests.workflows.runs import write_rows
 from workflows.ingestion import source_files
-from workflows.ingestion.rows import Rewritten
 from workflows.ingestion.source import Reading, SourceRow, Unreadable
 from workflows.ingestion.source_files import FilesSource
 from workflows.ingestion.source_settings import FilesSettings
@@ -361,10 +360,10 @@ class TestNew:
             rows = drop.rows()
             assert [row.raw["target_new"] for row in rows] == [place, "Lima"]
             assert not any(row.again for row in rows)
-            assert {isinstance(row, Rewritten) for row in rows} == {known}
+            assert {row.rewritten for row in rows} == {known}
             known = True
         drop.put("b.jsonl", says("X", "Bonn"))
-        assert not any(isinstance(row, Rewritten) for row in drop.rows())
+        assert not any(row.rewritten for row in drop.rows())
 
     def test_a_file_that_comes_back_is_not_new(self, drop: Drop) -> None:
         path = drop.put("a.jsonl", says("X", "Rome"))
