@@ -113,10 +113,8 @@ def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
         use_aws_environment(monkeypatch, aws_environment(url, KEYS))
         monkeypatch.setattr(s3_requests, "_FIRST_PATIENCE_S", 0.5)
-        began = time.monotonic()
         with pytest.raises(MemeditError, match=r"s3://bucket/x/a: .* 0\.5 s .*EndpointConnection"):
             Place.of("s3://bucket/x").get("a")
-        assert time.monotonic() - began < 1
 
 
 # Lost answers

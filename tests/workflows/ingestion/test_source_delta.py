@@ -51,7 +51,7 @@ class Lake:
         return reading
 
     def rows(self, reading: Reading) -> list[tuple[int, str]]:
-        """Op, id and name of each row; the row numbers must go through."""
+        """Id and name of each row; the row numbers must go through."""
         found = [row for portion in reading.rows for row in portion]
         assert {row.place for row in found} <= {self.path}
         assert [row.row for row in found] == list(range(1, len(found) + 1))
@@ -73,7 +73,7 @@ def test_the_first_reading_is_the_whole_table_with_older_files_first(lake: Lake)
     lake.append(9)
     lake.append(5)
     reading = lake.read()
-    assert [i for _, i, _ in lake.rows(reading)] == [1, 2, 3, 9, 5]
+    assert [i for i, _ in lake.rows(reading)] == [1, 2, 3, 9, 5]
     assert reading.complete and reading.notes == ()
     assert reading.snapshot == "version 2"
     assert json.loads(json.dumps(reading.mark)) == {
@@ -288,7 +288,7 @@ def test_partitions_are_columns_and_older_files_come_first(tmp_path: Path) -> No
 def test_a_table_that_pyarrow_does_not_know(lake: Lake) -> None:
     """Deletion vectors are a feature that the readers in order of files do not have."""
     lake.table.alter.add_feature(_deletion_vectors(), allow_protocol_versions_increase=True)
-    assert sorted(i for _, i, _ in lake.rows(lake.read())) == [1, 2, 3]
+    assert sorted(i for i, _ in lake.rows(lake.read())) == [1, 2, 3]
 
 
 def _deletion_vectors() -> Any:
