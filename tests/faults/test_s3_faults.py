@@ -193,7 +193,7 @@ def test_the_server_stays_away(
     began = time.monotonic()
     with pytest.raises(MemeditError, match=f"{s3}/.*: the storage did not answer for 1 s"):
         publish(there, s3, EDITED)
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 30
     s3_proxy.on_request = None
     assert not bucket.is_clean(s3)
     s3_proxy.up()

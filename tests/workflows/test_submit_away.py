@@ -42,7 +42,7 @@ def test_whoever_is_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) ->
     with dashboard({"GET /api/version": (200, wait)}) as other:
         began = time.monotonic()
         ran = memedit("status", "--address", other.address, "--json")
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 10
         over.set()
     assert ran.code == 2 and "no answer" in ran.error["message"]
 
