@@ -43,6 +43,7 @@ from memedit.prompts import BARE, FIXED_CONTEXTS, EncodedRequest
 from memedit.solve import (
     LayerProblem,
     MomentFactor,
+    SummedProblem,
     Update,
     solve_from_factors,
     solve_from_sums,
@@ -171,13 +172,14 @@ def solve_seconds(inputs: int, outputs: int, *, edits: int, device: str) -> dict
         return solve_from_factors(problem)
 
     def sums() -> Update:
-        return solve_from_sums(
+        problem = SummedProblem(
             layer=0,
             keys_II=keys_NI.T @ keys_NI,
             residual_keys_OI=residuals_NO.T @ keys_NI,
             moment_II=moment_II,
             lam=15_000.0,
         )
+        return solve_from_sums(problem)
 
     found: dict[str, Any] = {"inputs": inputs, "edits": edits}
     for name, work in (("factors_s", factors), ("sums_s", sums)):

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from memedit.config import MomentSettings, TargetSettings
+from memedit.config import MomentSettings, SolveSettings, TargetSettings
 from memedit.defaults import defaults_for
 from memedit.errors import InputError
 from memedit.evaluate import score_facts, summarise
@@ -197,8 +197,7 @@ def solve_on(
         moments=moments,
         layers=settings.layers,
         method=METHODS["memit"],
-        lam=settings.lam,
-        ridge=settings.ridge,
+        settings=SolveSettings(lam=settings.lam, ridge=settings.ridge),
         residual_scale=residual_scale,
         stored=dict.fromkeys(settings.layers, torch.float32),
         device=torch.device(device),

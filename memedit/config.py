@@ -10,6 +10,12 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
+MethodName = Literal["memit", "memedit", "emmet", "alphaedit", "rome", "ft"]
+"""The editing methods; `memedit` is MEMIT with protected keys and repair, `ft` is FT-W."""
+
+ONE_LAYER: frozenset[MethodName] = frozenset(("rome", "ft"))
+"""Methods that edit a single layer."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ContextSettings:
@@ -59,16 +65,65 @@ class MomentSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SolveSettings:
-    """The layer update Δ = R Kᵀ (λ C + K Kᵀ)⁻¹."""
+    """The layer update, for MEMIT Δ = R Kᵀ (λ C + K Kᵀ)⁻¹."""
 
     lam: float | None = None
     """λ, the reference's `mom2_update_weight`; None takes the family's default, which may grow
-    with the number of facts."""
+    with the number of facts. For AlphaEdit the weight of the identity; EMMET has none."""
     ridge: float = 0.0
     """Added to the diagonal of λ C as a fraction of its mean."""
+    null_threshold: float = 0.02
+    """AlphaEdit: an eigenvector of C whose eigenvalue is below this is one of its null space."""
     sums_above: int | None = None
     """With more facts than this a layer is solved from sums that are streamed over the workers, and
     nobody holds the keys of all; None where that is cheaper. Changes only the last bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtectSettings:
+    """Keys that must keep their values beside those of the corpus (method `memedit`).
+
+    They are the keys of prompts that say of other subjects what the facts say of theirs, and enter
+    the solve with a residual of zero: A = λ (C + weight · C_p) + K Kᵀ.
+    """
+
+    prompts: int = 300
+    """So many prompts; 0 protects nothing."""
+    weight: float = 3.0
+    """Of the mean C_p of their keys, against 1 of the corpus' C."""
+    source: Literal["templates", "neighbourhood"] = "templates"
+    """The facts' own templates with names out of the corpus; or the facts' neighbourhood prompts,
+    filled up with those. Prompts that are protected judge an edit too kindly, so the second is to
+    be asked for."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairSettings:
+    """Another attempt at the facts that the edited model does not say (method `memedit`)."""
+
+    rounds: int = 1
+    """At most so many; 0 repairs nothing."""
+    drift: float = 0.1
+    """A round is kept if more facts are said after it, and the drift has grown by no more than this
+    fraction."""
+    prompts: int = 100
+    """On so many prompts like the protected ones, but not protected, is that drift measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneSettings:
+    """Fine-tuning of one rewrite weight (method `ft`); the defaults are the reference's."""
+
+    steps: int = 25
+    """Passes over all facts at most."""
+    lr: float = 5e-4
+    weight_decay: float = 5e-4
+    batch: int = 64
+    """Facts per update."""
+    loss_threshold: float = 0.01
+    seed: int = 0
+    """Of the order of the facts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +148,15 @@ class EvaluationSettings:
 class EditSettings:
     """All that decides which numbers come out, given a base model, facts and a corpus."""
 
-    method: Literal["memit"] = "memit"
+    method: MethodName = "memit"
     layers: tuple[int, ...] = ()
     contexts: ContextSettings = field(default_factory=ContextSettings)
     targets: TargetSettings = field(default_factory=TargetSettings)
     moments: MomentSettings = field(default_factory=MomentSettings)
     solve: SolveSettings = field(default_factory=SolveSettings)
+    protect: ProtectSettings = field(default_factory=ProtectSettings)
+    repair: RepairSettings = field(default_factory=RepairSettings)
+    finetune: FineTuneSettings = field(default_factory=FineTuneSettings)
 
 
 def digest_of(*parts: object) -> str:
@@ -112,10 +170,15 @@ def digest_of(*parts: object) -> str:
 
 
 __all__ = [
+    "ONE_LAYER",
     "ContextSettings",
     "EditSettings",
     "EvaluationSettings",
+    "FineTuneSettings",
+    "MethodName",
     "MomentSettings",
+    "ProtectSettings",
+    "RepairSettings",
     "SolveSettings",
     "TargetSettings",
     "digest_of",

@@ -7,14 +7,16 @@ name. A model without a row gets settings derived from its depth, and is told so
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from transformers import PretrainedConfig
 
 from memedit.config import (
+    ONE_LAYER,
     ContextSettings,
     EditSettings,
+    MethodName,
     MomentSettings,
     SolveSettings,
     TargetSettings,
@@ -80,13 +82,32 @@ _SMOLLM2 = ("llama", 30, 576)
 _SMOLLM2_LAM = ((10, 150.0), (100, 400.0), (1000, 800.0))
 
 
-def defaults_for(config: PretrainedConfig, n_facts: int) -> Defaults:
-    """The settings for a model; λ may depend on the number of facts.
+ALPHAEDIT_LAM = 10.0
+"""The weight of the identity in AlphaEdit's code (its `L2`)."""
+
+
+def defaults_for(
+    config: PretrainedConfig, n_facts: int, *, method: MethodName = "memit"
+) -> Defaults:
+    """The settings for a model and a method; λ may depend on the number of facts.
+
+    Methods that edit one layer take the last of MEMIT's.
 
     Args:
         config: The model's config.
         n_facts: How many facts are written at once.
+        method: The editing method.
     """
+    found = _memit_defaults(config, n_facts)
+    settings = replace(found.settings, method=method)
+    if method in ONE_LAYER:
+        settings = replace(settings, layers=settings.layers[-1:])
+    if method == "alphaedit":
+        settings = replace(settings, solve=replace(settings.solve, lam=ALPHAEDIT_LAM))
+    return replace(found, settings=settings)
+
+
+def _memit_defaults(config: PretrainedConfig, n_facts: int) -> Defaults:
     text = config.get_text_config(decoder=True)
     key = (text.model_type, text.num_hidden_layers, text.hidden_size)
     if key == _SMOLLM2:

@@ -11,6 +11,7 @@ Knows facts and metrics. Does not know how forward passes are batched (`memedit.
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from memedit.architecture import Architecture
 from memedit.config import EvaluationSettings
 from memedit.generate import greedy_continuations
+from memedit.intervals import FACT_VALUES, SCORED, intervals_of
 from memedit.outcome import METRIC_KEYS, Evaluation, FactResult
 from memedit.prompts import encode_completion
 from memedit.requests import EditRequest, whole_word
@@ -44,7 +46,11 @@ GENERATION_EXTRA_TOKENS = 5
 def evaluation_of(facts: Sequence[FactResult], measures: Mapping[str, float | None]) -> Evaluation:
     """Judgements of facts and measures of the whole model, in one order of metrics."""
     metrics = {**summarise(facts), **measures}
-    return Evaluation(metrics={key: metrics.get(key) for key in METRIC_KEYS}, facts=tuple(facts))
+    return Evaluation(
+        metrics={key: metrics.get(key) for key in METRIC_KEYS},
+        intervals=intervals_of(facts),
+        facts=tuple(facts),
+    )
 
 
 def leave_out(evaluation: Evaluation, case_ids: Collection[str]) -> Evaluation:
@@ -185,24 +191,14 @@ def summarise(facts: Sequence[FactResult]) -> dict[str, float | None]:
     `score` is the harmonic mean of efficacy, paraphrase and neighbourhood: 0 if one of them is 0,
     None if one is missing.
     """
-    metrics: dict[str, float | None] = {
-        "efficacy": _percent([[f.efficacy] for f in facts if f.efficacy is not None]),
-        "paraphrase": _percent([f.paraphrase for f in facts]),
-        "neighbourhood": _percent([f.neighbourhood for f in facts]),
-        "efficacy_exact": _percent([[f.efficacy_exact] for f in facts]),
-        "paraphrase_exact": _percent([f.paraphrase_exact for f in facts]),
-        "neighbourhood_exact": _percent([f.neighbourhood_exact for f in facts]),
-        "generation": _percent([[f.generation] for f in facts]),
-    }
-    parts = [metrics[key] for key in ("efficacy", "paraphrase", "neighbourhood")]
+    metrics: dict[str, float | None] = {}
+    for name, value_of in FACT_VALUES.items():
+        values = [value for fact in facts if not math.isnan(value := value_of(fact))]
+        metrics[name] = 100 * fmean(values) if values else None
+    parts = [metrics[key] for key in SCORED]
     known = [part for part in parts if part is not None]
     metrics["score"] = harmonic_mean(known) if len(known) == len(parts) else None
     return metrics
-
-
-def _percent(groups: Sequence[Sequence[bool]]) -> float | None:
-    means = [fmean(group) for group in groups if group]
-    return 100 * fmean(means) if means else None
 
 
 # ---------------------------------------------------------------------------------- side effects

@@ -52,6 +52,8 @@ def _build(kind: Any, value: Any) -> Any:
         return kind(**{name: _build(hints[name], value[name]) for name in names})  # type: ignore[operator]
     if get_origin(kind) is tuple:
         return tuple(_build(get_args(kind)[0], v) for v in value)
+    if get_origin(kind) is dict:
+        return {key: _build(get_args(kind)[1], v) for key, v in value.items()}
     if get_origin(kind) in (Union, types.UnionType):
         inner = next(k for k in get_args(kind) if k is not type(None))
         return None if value is None else _build(inner, value)
@@ -96,6 +98,8 @@ class Evaluation(_Plain):
     """
 
     metrics: dict[str, float | None]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """95% bootstrap intervals of the metrics that are means over facts, and of their score."""
     facts: tuple[FactResult, ...] = ()
 
 
@@ -124,8 +128,8 @@ class LayerUpdate(_Plain):
     """Of the base weight."""
     lam: float
     """λ of the solve."""
-    residual_norm: float
-    """Mean ‖z - h‖ over the facts before this layer's update."""
+    residual_norm: float | None
+    """Mean ‖z - h‖ over the facts before this layer's update; None without z."""
     rounding_error: float | None = None
     """‖stored - exact‖ / ‖ΔW‖: what the dtype of the checkpoint took from the update."""
     rank: int | None = None
@@ -144,6 +148,28 @@ class MomentSummary(_Plain):
     """Estimated relative error of C, measured without position 0; None where not estimated."""
     trace: float
     trace_without_position_0: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairRound(_Plain):
+    """One more attempt at the facts that the edited model did not say."""
+
+    unsaid_before: int
+    """Facts whose new object was not the argmax in every token."""
+    unsaid_after: int
+    drift_before: float
+    """Mean KL against the base on held-out prompts, in nats."""
+    drift_after: float
+    kept: bool
+    """Whether its updates are published, rather than those before it."""
+
+    @property
+    def told(self) -> str:
+        """As a person is told it."""
+        return (
+            f"facts that are not said {self.unsaid_before} -> {self.unsaid_after}, drift "
+            f"{self.drift_before:.3g} -> {self.drift_after:.3g}{'' if self.kept else '; not kept'}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +201,7 @@ class EditOutcome(_Plain):
     traces: tuple[TargetTrace, ...] = ()
     updates: tuple[LayerUpdate, ...] = ()
     moments: tuple[MomentSummary, ...] = ()
+    repairs: tuple[RepairRound, ...] = ()
     timings_s: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -197,6 +224,11 @@ class EditOutcome(_Plain):
                 "before": _finite(self.before.metrics),
                 "after": _finite(self.after.metrics),
             },
+            "intervals": {
+                "before": {name: list(pair) for name, pair in self.before.intervals.items()},
+                "after": {name: list(pair) for name, pair in self.after.intervals.items()},
+            },
+            **({"repairs": [r.to_dict() for r in self.repairs]} if self.repairs else {}),
             "timings_s": dict(self.timings_s),
             "report": self.report,
         }

@@ -1,19 +1,20 @@
-"""The closed form of an edit: pure linear algebra in float64, one layer at a time.
+"""The closed forms of an edit: pure linear algebra in float64, one layer at a time.
 
 With one edit per row, K [N, I] are keys, R [N, O] residuals and C [I, I] the second moment of the
-keys that must keep their values. MEMIT (Eq. 14) asks for Δ = Rᵀ K (λ C + Kᵀ K)⁻¹, Δ [O, I]. Knows
-matrices; does not know models, prompts or files.
+keys that must keep their values. MEMIT (Eq. 14) asks for Δ = Rᵀ K (λ C + Kᵀ K)⁻¹, Δ [O, I]; its
+relatives differ in how they weigh the two. Knows matrices; does not know models, prompts or files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from memedit.config import MethodName
 from memedit.errors import NumericalError
 
 
@@ -41,6 +42,16 @@ class Update:
         if transposed:
             return self.right_NI[:, start:stop].T @ self.left_NO
         return self.left_NO[:, start:stop].T @ self.right_NI
+
+    @classmethod
+    def sum(cls, updates: Sequence[Update]) -> Update:
+        """All of them together, which are of one layer and factored."""
+        rights = [update.right_NI for update in updates]
+        return cls(
+            layer=updates[0].layer,
+            left_NO=torch.cat([update.left_NO for update in updates]),
+            right_NI=torch.cat([right_NI for right_NI in rights if right_NI is not None]),
+        )
 
     def cpu(self) -> Update:
         """The same on the CPU."""
@@ -100,7 +111,7 @@ class LayerProblem:
     """What a method solves at one layer; all tensors float64 on one device.
 
     keys_NI, residuals_NO: one edit per row; the residual is the share of this layer already.
-    `moment` is C with its factor, `lam` is λ.
+    `moment` is C with its factor, `lam` is λ, `null_threshold` is AlphaEdit's.
     """
 
     layer: int
@@ -108,6 +119,22 @@ class LayerProblem:
     residuals_NO: Tensor
     moment: MomentFactor
     lam: float
+    null_threshold: float = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummedProblem:
+    """The same of so many edits that only sums over them are at hand.
+
+    keys_II = Kᵀ K, residual_keys_OI = Rᵀ K, moment_II = C.
+    """
+
+    layer: int
+    keys_II: Tensor
+    residual_keys_OI: Tensor
+    moment_II: Tensor
+    lam: float
+    null_threshold: float = 0.02
 
 
 def factors_are_cheaper(edits: int, inputs: int, outputs: int) -> bool:
@@ -130,13 +157,67 @@ def solve_from_factors(problem: LayerProblem) -> Update:
     return Update(layer=problem.layer, left_NO=problem.residuals_NO, right_NI=right_NI)
 
 
-def solve_from_sums(
-    *, layer: int, keys_II: Tensor, residual_keys_OI: Tensor, moment_II: Tensor, lam: float
-) -> Update:
+def solve_from_sums(problem: SummedProblem) -> Update:
     """The same Δ = B A⁻¹ with A = λ C + Σ k kᵀ and B = Σ r kᵀ, which do not grow with the facts."""
-    A_II = lam * moment_II + keys_II
-    delta_IO = torch.cholesky_solve(residual_keys_OI.T, _cholesky(A_II, layer))
-    return Update(layer=layer, left_NO=delta_IO, right_NI=None)
+    A_II = problem.lam * problem.moment_II + problem.keys_II
+    delta_IO = torch.cholesky_solve(problem.residual_keys_OI.T, _cholesky(A_II, problem.layer))
+    return Update(layer=problem.layer, left_NO=delta_IO, right_NI=None)
+
+
+def solve_emmet(problem: LayerProblem) -> Update:
+    """Δ = Rᵀ (K C⁻¹ Kᵀ)⁻¹ K C⁻¹ (EMMET, arXiv 2403.14236): every edit holds exactly.
+
+    With one edit it is ROME's update (arXiv 2202.05262). Of all Δ with Δ kᵢ = rᵢ it is the one
+    with the least Δ C Δᵀ, and MEMIT's limit for λ → 0.
+
+    Raises:
+        NumericalError: The keys depend on each other, as more of them than I always do.
+    """
+    Y_NI = problem.moment.solve(problem.keys_NI)
+    G_NN = Y_NI @ problem.keys_NI.T
+    right_NI = torch.cholesky_solve(Y_NI, _cholesky((G_NN + G_NN.T) / 2, problem.layer))
+    return Update(layer=problem.layer, left_NO=problem.residuals_NO, right_NI=right_NI)
+
+
+def null_projection(moment_II: Tensor, threshold: float, *, layer: int) -> Tensor:
+    """P = U Uᵀ [I, I] over the eigenvectors U of C whose eigenvalues are below `threshold`.
+
+    Keys of the corpus have almost nothing in that space, so that Δ P moves them by almost nothing
+    (AlphaEdit, arXiv 2410.02355).
+
+    Raises:
+        NumericalError: There is no such eigenvector, so that nothing could be edited.
+    """
+    values_I, vectors_II = torch.linalg.eigh(moment_II)
+    null_IJ: Tensor = vectors_II[:, values_I < threshold]
+    if not null_IJ.shape[1]:
+        raise NumericalError(
+            f"the second moment of layer {layer} has no eigenvalue below {threshold:g} (the "
+            f"smallest is {float(values_I[0]):.3g}): raise solve.null_threshold"
+        )
+    return null_IJ @ null_IJ.T
+
+
+def solve_alphaedit(problem: LayerProblem) -> Update:
+    """Δ = Rᵀ K P (P Kᵀ K P + λ I)⁻¹ (AlphaEdit), as Rᵀ (K P Kᵀ + λ I)⁻¹ K P."""
+    moment_II = problem.moment.moment_II
+    P_II = null_projection(moment_II, problem.null_threshold, layer=problem.layer)
+    K_NI = problem.keys_NI @ P_II
+    G_NN = K_NI @ K_NI.T
+    G_NN.diagonal().add_(problem.lam)
+    right_NI = torch.cholesky_solve(K_NI, _cholesky(G_NN, problem.layer))
+    return Update(layer=problem.layer, left_NO=problem.residuals_NO, right_NI=right_NI)
+
+
+def sum_alphaedit(problem: SummedProblem) -> Update:
+    """The same from sums: B P (P Σ k kᵀ P + λ I)⁻¹."""
+    P_II = null_projection(problem.moment_II, problem.null_threshold, layer=problem.layer)
+    A_II = P_II @ problem.keys_II @ P_II
+    A_II = (A_II + A_II.T) / 2
+    A_II.diagonal().add_(problem.lam)
+    projected_IO = P_II @ problem.residual_keys_OI.T
+    delta_IO = torch.cholesky_solve(projected_IO, _cholesky(A_II, problem.layer))
+    return Update(layer=problem.layer, left_NO=delta_IO, right_NI=None)
 
 
 def _cholesky(matrix: Tensor, layer: int) -> Tensor:
@@ -151,15 +232,20 @@ def _cholesky(matrix: Tensor, layer: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One closed form from a layer's problem to its update, in the two forms that it has."""
+    """One closed form from a layer's problem to its update, in the two forms that it may have."""
 
     from_factors: Callable[[LayerProblem], Update]
     """From the keys and residuals of each fact."""
-    from_sums: Callable[..., Update]
-    """From sums over the facts; see `solve_from_sums`."""
+    from_sums: Callable[[SummedProblem], Update] | None
+    """From sums over the facts; None where all keys are needed."""
 
 
-METHODS: dict[str, Method] = {
-    "memit": Method(from_factors=solve_from_factors, from_sums=solve_from_sums)
+_MEMIT = Method(from_factors=solve_from_factors, from_sums=solve_from_sums)
+METHODS: dict[MethodName, Method] = {
+    "memit": _MEMIT,
+    "memedit": _MEMIT,  # differs in C and in what it asks for
+    "emmet": Method(from_factors=solve_emmet, from_sums=None),
+    "alphaedit": Method(from_factors=solve_alphaedit, from_sums=sum_alphaedit),
+    "rome": Method(from_factors=solve_emmet, from_sums=None),  # one fact after another
 }
-"""The methods by name; MEMIT's relatives join here."""
+"""The closed forms by the name of the method; fine-tuning has none."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memedit.config import EvaluationSettings, TargetSettings
+from memedit.config import EvaluationSettings, SolveSettings, TargetSettings
 from memedit.errors import NumericalError
 from memedit.evaluate import SIDE_EFFECTS, evaluation_of
 from memedit.executor import Executor, Failed
@@ -28,7 +28,14 @@ from memedit.prompts import EncodedRequest
 from memedit.reduction import reduce_rows
 from memedit.requests import EditRequest
 from memedit.side_effects import DriftReference
-from memedit.solve import LayerProblem, Method, MomentFactor, Update, factors_are_cheaper
+from memedit.solve import (
+    LayerProblem,
+    Method,
+    MomentFactor,
+    SummedProblem,
+    Update,
+    factors_are_cheaper,
+)
 from memedit.tally import held_units
 from memedit.targets import Target, default_tokens_per_batch, whole_batches
 
@@ -131,8 +138,8 @@ class SolvedLayer:
     """The update of one layer, and how far the facts were from their targets before it."""
 
     update: Update
-    residual_norm: float
-    """Mean ‖z − h^L‖ over the facts."""
+    residual_norm: float | None
+    """Mean ‖z − h^L‖ over the facts; None without z."""
     moment: MomentSummary
 
 
@@ -144,9 +151,9 @@ def solve_layers(
     moments: Mapping[int, SecondMoment],
     layers: tuple[int, ...],
     method: Method,
-    lam: float,
-    ridge: float,
-    sums_above: int | None = None,
+    settings: SolveSettings,
+    protected: Mapping[int, SecondMoment] | None = None,
+    protect_weight: float = 0.0,
     residual_scale: float,
     stored: Mapping[int, torch.dtype],
     device: torch.device,
@@ -164,9 +171,10 @@ def solve_layers(
         moments: The second moment of each layer; looked up once each, and let go of.
         layers: The edited layers, ascending.
         method: The closed form.
-        lam: λ.
-        ridge: See `SolveSettings`.
-        sums_above: See `SolveSettings`.
+        settings: See `SolveSettings`; λ is set.
+        protected: The second moment C_p of keys that must keep their values, too; C is then
+            C + protect_weight · C_p.
+        protect_weight: See `ProtectSettings`.
         residual_scale: c where a block adds c times the rewrite module's output.
         stored: The dtype in which the checkpoint keeps each layer's weight. A layer sees the layers
             below it as they will be saved, and makes up for their rounding (where computing is at
@@ -188,14 +196,17 @@ def solve_layers(
         moment = moments[layer]
         summary, matrices = moment.summary, [moment.value_II]
         del moment  # its sum is as large as its value
+        if protected is not None:
+            matrices[0].add_(protected[layer].value_II, alpha=protect_weight)
         keys: _Factors | _Sums
         n, inputs = len(requests), len(matrices[0])
         cheaper = factors_are_cheaper(n, inputs, z_NO.shape[1])
-        if cheaper if sums_above is None else n <= sums_above:
+        few = cheaper if settings.sums_above is None else n <= settings.sums_above
+        if few or method.from_sums is None:
             keys = _factors(executor, units, z_NO, layer, layers[-1])
         else:
             keys = _sums(executor, units, z_NO, share, layer, layers[-1], inputs)
-        solve = partial(_solve, method, keys, layer=layer, share=share, lam=lam, ridge=ridge)
+        solve = partial(_solve, method, keys, layer=layer, share=share, settings=settings)
         update: Update | None = None
         if device.type != "cpu":
             try:
@@ -228,25 +239,29 @@ def _solve(
     *,
     layer: int,
     share: float,
-    lam: float,
-    ridge: float,
+    settings: SolveSettings,
 ) -> Update:
     """The update of one layer; takes C out of `matrices`, since with a ridge there is another."""
-    factor = MomentFactor(matrices.pop(), ridge=ridge, layer=layer)
+    assert settings.lam is not None, "the defaults of every family set λ"
+    factor = MomentFactor(matrices.pop(), ridge=settings.ridge, layer=layer)
     if isinstance(keys, _Sums):
-        return method.from_sums(
+        assert method.from_sums is not None, "or there would be factors"
+        summed = SummedProblem(
             layer=layer,
             keys_II=keys.keys_II.to(device),
             residual_keys_OI=keys.residual_keys_OI.to(device),
             moment_II=factor.moment_II,
-            lam=lam,
-        ).cpu()
+            lam=settings.lam,
+            null_threshold=settings.null_threshold,
+        )
+        return method.from_sums(summed).cpu()
     problem = LayerProblem(
         layer=layer,
         keys_NI=keys.keys_NI.to(device),
         residuals_NO=(keys.residuals_NO * share).to(device),
         moment=factor,
-        lam=lam,
+        lam=settings.lam,
+        null_threshold=settings.null_threshold,
     )
     return method.from_factors(problem).cpu()
 
@@ -329,6 +344,13 @@ def _sums(
             residual_keys_OI=residual_keys_OI,
             residual_norm=sum(norms[start] for start in calls) / len(z_NO),
         )
+
+
+def said(executor: Executor, requests: Sequence[EncodedRequest]) -> dict[str, bool]:
+    """Whether the workers' model says the new object of each fact, by case id."""
+    size = FACTS_PER_SCORE_UNIT
+    units = [(requests[i : i + size],) for i in range(0, len(requests), size)]
+    return dict(item for _, item in executor.map("said", units, copies=True))
 
 
 def judge(

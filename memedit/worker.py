@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from memedit.architecture import check_additivity
-from memedit.config import EvaluationSettings, TargetSettings
+from memedit.config import EvaluationSettings, FineTuneSettings, TargetSettings
 from memedit.errors import NumericalError
 from memedit.evaluate import SideEffect, measure_side_effects, score_facts
 from memedit.files import Files
+from memedit.finetune import fine_tune
 from memedit.generate import greedy_continuations
 from memedit.keys import KeyPass, Keys, default_tokens_per_chunk
 from memedit.memory import release_memory, trim_memory
@@ -29,7 +30,8 @@ from memedit.patching import row_blocks
 from memedit.prompts import EncodedRequest
 from memedit.requests import EditRequest
 from memedit.sampling import sample_contexts, sample_windows
-from memedit.side_effects import DriftReference
+from memedit.scoring import Completion, Ids, score_completions
+from memedit.side_effects import DriftReference, drift_reference, measure_drift
 from memedit.solve import Update
 from memedit.tally import Held, Tally
 from memedit.targets import Target, default_tokens_per_batch, optimise_targets
@@ -159,6 +161,14 @@ class Worker:
             release_memory()  # not before: the error holds on to what was being computed
         trim_memory()
 
+    def fine_tune(
+        self, requests: Sequence[EncodedRequest], layer: int, settings: FineTuneSettings
+    ) -> Iterator[Update]:
+        """The update of one layer by fine-tuning; the model itself stays as it is."""
+        model, arch = self.loaded.model, self.loaded.arch
+        yield fine_tune(model, arch, requests, layer=layer, settings=settings)
+        trim_memory()
+
     def keys(
         self, unit: int, requests: Sequence[EncodedRequest], layer: int, last_layer: int
     ) -> Iterator[Keys]:
@@ -241,6 +251,24 @@ class Worker:
             if results is None:
                 release_memory()
         yield from results
+
+    def said(self, requests: Sequence[EncodedRequest]) -> Iterator[tuple[str, bool]]:
+        """Whether the model says the new object of each fact: every token of it is the argmax."""
+        completions = [
+            Completion(prompt_ids=r.contexts[0].ids, target_ids=r.target_ids) for r in requests
+        ]
+        scores = score_completions(self.loaded.model, self.loaded.arch, completions)
+        trim_memory()
+        for request, score in zip(requests, scores, strict=True):
+            yield request.request.case_id, score.exact
+
+    def predictions(self, contexts: Sequence[Ids]) -> Iterator[DriftReference]:
+        """The distributions of the next token after some contexts."""
+        yield drift_reference(self.loaded.model, self.loaded.arch, contexts)
+
+    def drift(self, reference: DriftReference) -> Iterator[tuple[float, float] | None]:
+        """How far they have moved since then; see `measure_drift`."""
+        yield measure_drift(self.loaded.model, self.loaded.arch, reference)
 
     def go_on(self, prompts: Sequence[str], tokens: Sequence[int]) -> Iterator[list[str]]:
         """Greedy continuations of some prompts, by at most so many tokens each."""

@@ -61,6 +61,16 @@ ACTIONS: dict[str, Action] = {
             "memedit evaluate --model runs/demo --base smollm2 --facts facts.jsonl --json",
         ),
     ),
+    "compare": Action(
+        job=settings.CompareJob,
+        run="workflows.compare:run_compare",
+        show="show_comparison",
+        summary="Editing methods side by side, on the same facts with the same evaluation.",
+        examples=(
+            "memedit compare --facts facts.jsonl --methods memit,memedit,rome,ft --edits 1,10,100"
+            " --out runs/compared",
+        ),
+    ),
     "generate": Action(
         job=settings.GenerateJob,
         run="workflows.generate:run_generate",

@@ -5,12 +5,11 @@ Reads top to bottom as the job runs. Nothing is visible at `out` before its last
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from cluster.artifacts import Artifacts, open_artifacts, target_digest
-from cluster.background import Background
+from cluster.artifacts import open_artifacts
 from cluster.publication import Publication
 from cluster.store import join
 from memedit.config import EditSettings
@@ -31,16 +30,17 @@ from memedit.outcome import (
     TargetTrace,
 )
 from memedit.progress import Progress
-from memedit.prompts import EncodedRequest
-from memedit.requests import EditBatch, EditRequest
-from memedit.solve import METHODS, solve_device
-from memedit.stages import SolvedLayer, find_targets, judge, solve_layers
+from memedit.requests import EditBatch
+from memedit.solve import solve_device
+from memedit.stages import SolvedLayer, judge
 from memedit.targets import Target
 from workflows.destination import destination
+from workflows.editing import Editing
 from workflows.facts import FactTable, read_facts, write_facts, write_rejects
 from workflows.moments import TokenSource, corpus_of, load_stats, moments_for
 from workflows.product import Product, make_product
 from workflows.progress import Timed
+from workflows.protection import protection_for
 from workflows.review import Review, ReviewAll, Trial, check_heldout
 from workflows.session import Base, contexts_of, encode_facts, open_base, open_workers, settings_of
 from workflows.settings import EditJob, new_run_id
@@ -101,7 +101,11 @@ def edit_facts(
     base = open_base(job, timed)
     settings = settings_of(job, base, len(table.requests), timed)
     table, encoded = encode_facts(
-        table, base, contexts_of(settings, base, None), on_bad_row=job.on_bad_row
+        table,
+        base,
+        contexts_of(settings, base, None),
+        on_bad_row=job.on_bad_row,
+        refuse=review.refuse,
     )
     names = {i: base.arch.checkpoint_key(i, base.checkpoint.names) for i in settings.layers}
     review.choose(table.requests)
@@ -122,7 +126,9 @@ def edit_facts(
         executor.broadcast("probe", settings.layers)
         contexts = contexts_of(settings, base, executor)
         if settings.contexts.kind == "sampled":  # not known before the model runs
-            table, encoded = encode_facts(table, base, contexts, on_bad_row=job.on_bad_row)
+            table, encoded = encode_facts(
+                table, base, contexts, on_bad_row=job.on_bad_row, refuse=review.refuse
+            )
         batch = table.batch
         timed.finish("load")
         moments = given or moments_for(
@@ -133,6 +139,17 @@ def edit_facts(
             artifacts=artifacts,
             progress=timed,
         )
+        protection = None
+        if settings.method == "memedit":
+            protection = protection_for(
+                batch.requests,
+                source,
+                base=base,
+                settings=settings,
+                executor=executor,
+                artifacts=artifacts,
+                progress=timed,
+            )
         heldout = source.heldout(executor, timed)
         judged = review.choose(batch.requests)
         before, reference = judge(
@@ -144,9 +161,19 @@ def edit_facts(
             progress=timed,
         )
         check_heldout(job, before)
-        targets, quarantined = _targets(
-            executor, encoded, contexts, base, settings, artifacts, timed
+        editing = Editing(
+            executor=executor,
+            base=base,
+            settings=settings,
+            contexts=contexts,
+            moments=moments,
+            protection=protection,
+            artifacts=artifacts,
+            stored={layer: base.checkpoint.info(names[layer]).dtype for layer in names},
+            device=solve_device(job.device),
+            progress=timed,
         )
+        targets, quarantined = editing.targets(encoded)
         if quarantined:
             for case_id, reason in quarantined.items():
                 table = table.reject(case_id, reason)
@@ -158,21 +185,8 @@ def edit_facts(
             encoded = [e for e in encoded if e.request.case_id not in quarantined]
             judged = [r for r in judged if r.case_id not in quarantined]
             before = leave_out(before, quarantined)
-        solved = solve_layers(
-            executor,
-            encoded,
-            targets,
-            moments=moments,
-            layers=settings.layers,
-            method=METHODS[settings.method],
-            lam=_lam(settings),
-            ridge=settings.solve.ridge,
-            sums_above=settings.solve.sums_above,
-            residual_scale=base.arch.residual_scale,
-            stored={layer: base.checkpoint.info(names[layer]).dtype for layer in names},
-            device=solve_device(job.device),
-            progress=timed,
-        )
+        edited = editing.solve(encoded, targets)
+        solved = edited.solved
 
         product = make_product(job, base, solved, names, publication, timed)
         # What is judged is what was saved, not what is in memory.
@@ -195,9 +209,10 @@ def edit_facts(
             facts=_counts(table, publication),
             before=before,
             after=after,
-            traces=tuple(map(_trace, targets)),
+            traces=tuple(map(_trace, edited.targets)),
             updates=_updates(solved, product, names, _lam(settings)),
             moments=tuple(s.moment for s in solved),
+            repairs=edited.rounds,
             timings_s=timed.timings_s,
             settings=asdict(settings)
             | {
@@ -206,6 +221,7 @@ def edit_facts(
                 "heldout": source.corpus.spec,
                 "moments": dict(moments.settings),
                 "corpus": dict(moments.corpus),
+                "protected_prompts": protection.prompts if protection else 0,
                 "dtype": job.dtype,
                 "device": base.device,
                 "architecture": dict(job.architecture),
@@ -249,53 +265,6 @@ def _counts(table: FactTable, publication: Publication) -> FactCounts:
     )
 
 
-def _targets(
-    executor: Executor,
-    encoded: list[EncodedRequest],
-    contexts: tuple[str, ...],
-    base: Base,
-    settings: EditSettings,
-    artifacts: Artifacts,
-    progress: Progress,
-) -> tuple[list[Target], dict[str, str]]:
-    """Z vectors, kept by earlier runs or found and kept now; and which facts have none."""
-    digests = target_digests([e.request for e in encoded], contexts, base, settings)
-    # Waiting for the disk is no work for the thread that feeds the workers.
-    with Background() as background:
-        return find_targets(
-            executor,
-            encoded,
-            layer=settings.layers[-1],
-            settings=settings.targets,
-            known=artifacts.targets(digests),
-            keep=lambda target: background.do(
-                artifacts.keep_target, digests[target.case_id], target
-            ),
-            progress=progress,
-        )
-
-
-def target_digests(
-    requests: Iterable[EditRequest],
-    contexts: tuple[str, ...],
-    base: Base,
-    settings: EditSettings,
-) -> dict[str, str]:
-    """What the z vector of each fact is kept under, by its id."""
-    return {
-        request.case_id: target_digest(
-            request,
-            model=base.checkpoint.digest,
-            contexts=contexts,
-            settings=settings.targets,
-            layer=settings.layers[-1],
-            dtype=base.job.dtype,
-            architecture=base.job.architecture,
-        )
-        for request in requests
-    }
-
-
 def _require_shared(executor: Executor, publication: Publication) -> None:
     """Check now, not after hours, that workers can load from the place that is written to."""
     with publication.probe() as name:
@@ -324,7 +293,7 @@ def _trace(target: Target) -> TargetTrace:
 
 
 def _updates(
-    solved: list[SolvedLayer],
+    solved: Sequence[SolvedLayer],
     product: Product,
     names: dict[int, str],
     lam: float,

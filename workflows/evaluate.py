@@ -73,6 +73,7 @@ def run_evaluate(job: EvaluateJob, progress: Progress) -> Mapping[str, Any]:
             "duplicates": len(table.duplicates),
         },
         "metrics": metrics,
+        "intervals": {name: list(pair) for name, pair in evaluation.intervals.items()},
         "per_fact": [fact.to_dict() for fact in evaluation.facts],
         "timings_s": timed.timings_s,
     }

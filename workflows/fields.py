@@ -14,7 +14,10 @@ from cluster.storage import StorageSettings
 from memedit.config import (
     ContextSettings,
     EvaluationSettings,
+    FineTuneSettings,
     MomentSettings,
+    ProtectSettings,
+    RepairSettings,
     SolveSettings,
     TargetSettings,
 )
@@ -25,11 +28,14 @@ SECTIONS: dict[str, type] = {
     "targets": TargetSettings,
     "moments": MomentSettings,
     "solve": SolveSettings,
+    "protect": ProtectSettings,
+    "repair": RepairSettings,
+    "finetune": FineTuneSettings,
     "evaluation": EvaluationSettings,
     "storage": StorageSettings,
 }
-"""The sections of a job file. A job keeps of each only what was set: the defaults of the four
-sections of `memedit.config` depend on the model's family."""
+"""The sections of a job file. A job keeps of each only what was set: the defaults of those of
+`EditSettings` depend on the model's family."""
 
 AT_LEAST: dict[str, float] = {
     "contexts.sampled_tokens": 1,
@@ -45,6 +51,17 @@ AT_LEAST: dict[str, float] = {
     "moments.tolerance": 0,
     "solve.ridge": 0,
     "solve.sums_above": 0,
+    "protect.prompts": 0,
+    "protect.weight": 0,
+    "protect.seed": 0,
+    "repair.rounds": 0,
+    "repair.drift": 0,
+    "repair.prompts": 1,
+    "finetune.steps": 1,
+    "finetune.weight_decay": 0,
+    "finetune.batch": 1,
+    "finetune.loss_threshold": 0,
+    "finetune.seed": 0,
     "evaluation.drift_prompts": 0,
     "evaluation.fluency_facts": 0,
     "evaluation.fluency_tokens": 1,
@@ -57,11 +74,18 @@ ABOVE: dict[str, float] = {
     "targets.lr": 0,
     "targets.clamp_norm_factor": 0,
     "solve.lam": 0,
+    "solve.null_threshold": 0,
+    "finetune.lr": 0,
 }
 """The smallest values that mean something, of section fields; `option` has those of job fields."""
 LARGEST_SEED = 2**32 - 1
 """Sampling counts on from a seed times 2^20, and torch's generators take 64 bits."""
-AT_MOST: dict[str, float] = {"contexts.seed": LARGEST_SEED, "moments.seed": LARGEST_SEED}
+AT_MOST: dict[str, float] = {
+    "contexts.seed": LARGEST_SEED,
+    "moments.seed": LARGEST_SEED,
+    "protect.seed": LARGEST_SEED,
+    "finetune.seed": LARGEST_SEED,
+}
 """The largest values that work."""
 
 

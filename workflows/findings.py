@@ -44,6 +44,11 @@ class Metric:
         return f"{change:+.{self.decimals}f}", "same" if abs(change) < self.noise else tone
 
 
+def interval_text(interval: Sequence[float] | None) -> str:
+    """A 95% interval in percent, as `92-98`; nothing where there is none."""
+    return "" if interval is None else f"{interval[0]:.0f}-{interval[1]:.0f}"
+
+
 def _real(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 

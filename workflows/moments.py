@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -62,6 +62,21 @@ def check_window(settings: MomentSettings, base: Base) -> None:
         )
 
 
+class Counted(Protocol):
+    """What second moments are taken of."""
+
+    @property
+    def name(self) -> str:
+        """As a record says it."""
+
+    @property
+    def digest(self) -> str:
+        """Identity of its text."""
+
+    def windows(self, executor: Executor, progress: Progress) -> list[list[int]]:
+        """Token ids, as many as the settings ask for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenSource:
     """Where the statistics' tokens come from, and what is kept out of them.
@@ -80,6 +95,11 @@ class TokenSource:
         check_window(self.settings, self.base)
 
     @property
+    def name(self) -> str:
+        """See `Counted`."""
+        return self.corpus.spec
+
+    @property
     def digest(self) -> str:
         """Identity of the text; of sampled text, that of what it is sampled from."""
         if self.corpus.kind == "self":
@@ -96,9 +116,7 @@ class TokenSource:
     def windows(self, executor: Executor, progress: Progress) -> list[list[int]]:
         """Windows of token ids to count, at least `settings.tokens` where the corpus has them."""
         if self.corpus.kind == "self":
-            rows = math.ceil(self.settings.tokens / self.settings.window)
-            progress.message(f"Sampling {self.settings.tokens} tokens from the model (corpus self)")
-            windows = self._sample(executor, rows, progress, heldout=False)
+            windows = self._sampled(executor, progress)
         else:
             windows = self._cut(self._texts[0], self.settings.tokens)
         needed = MIN_TOKENS_PER_WIDTH * self.base.arch.input_width(self.base.config)
@@ -110,6 +128,26 @@ class TokenSource:
                 source=self.corpus.spec,
                 field="corpus",
             )
+        return windows
+
+    def texts(self, executor: Executor, progress: Progress) -> list[str]:
+        """The text that is counted, to be read."""
+        if self.corpus.kind != "self":
+            return self._texts[0]
+        windows = self._sampled(executor, progress)
+        texts: list[str] = self.base.tokenizer.batch_decode(windows, skip_special_tokens=True)
+        return texts
+
+    def _sampled(self, executor: Executor, progress: Progress) -> list[list[int]]:
+        """Windows to count that the model itself has said; they are kept."""
+        digest = digest_of("counted", self.digest, self.settings.window, self.settings.tokens)
+        known = self.artifacts.windows(digest)
+        if known is not None:
+            return known
+        progress.message(f"Sampling {self.settings.tokens} tokens from the model (corpus self)")
+        rows = math.ceil(self.settings.tokens / self.settings.window)
+        windows = self._sample(executor, rows, progress, heldout=False)
+        self.artifacts.keep_windows(digest, windows)
         return windows
 
     def heldout(self, executor: Executor, progress: Progress) -> list[list[int]]:
@@ -209,7 +247,7 @@ class StoredMoments(Mapping[int, SecondMoment]):
 
 
 def moments_for(
-    source: TokenSource,
+    source: Counted,
     *,
     base: Base,
     settings: EditSettings,
@@ -244,7 +282,7 @@ def moments_for(
     stored = StoredMoments(
         digests=digests,
         read=read,
-        corpus={"name": source.corpus.spec, "digest": source.digest},
+        corpus={"name": source.name, "digest": source.digest},
         settings=asdict(settings.moments),
     )
 

@@ -23,6 +23,7 @@ from workflows.findings import (
     REASONS,
     Failure,
     failures,
+    interval_text,
     layers_text,
     plural,
     probability,
@@ -79,7 +80,13 @@ def _context(outcome: EditOutcome) -> dict[str, Any]:
         "layers": layers_text(outcome.layers),
         "headline": [_row(key, before, after) for key in HEADLINE if after.get(key) is not None],
         "metrics": [
-            _row(m.key, before, after) | {"count": resting.get(m.key)}
+            _row(m.key, before, after)
+            | {
+                "count": resting.get(m.key),
+                "interval": interval_text(outcome.after.intervals.get(m.key)).replace(
+                    "-", "\N{EN DASH}"
+                ),
+            }
             for m in METRICS
             if before.get(m.key) is not None or after.get(m.key) is not None
         ],
@@ -148,7 +155,7 @@ def _layer_rows(outcome: EditOutcome) -> Iterator[dict[str, str]]:
             "trace": f"{m.trace:,.4g}" if m else "",
             "trace_without": f"{without:,.4g}" if without is not None else "",
             "lam": f"{u.lam:,g}" if u else "",
-            "residual": f"{u.residual_norm:.3g}" if u else "",
+            "residual": f"{u.residual_norm:.3g}" if u and u.residual_norm is not None else "",
             "share": f"{100 * u.delta_norm / u.weight_norm:.3g}%" if u and u.weight_norm else "",
             "rounding": f"{100 * rounding:.2g}%" if rounding is not None else "",
             "rank": str(u.rank) if u and u.rank is not None else "",

@@ -16,7 +16,7 @@ from workflows.fact_tables import (
     rejects_tables,
     why_tables,
 )
-from workflows.findings import METRICS
+from workflows.findings import METRIC, METRICS, interval_text
 from workflows.submit_tables import run_table, runs_table
 from workflows.tables import (
     before_after_table,
@@ -82,15 +82,36 @@ def show_metrics(result: Mapping[str, Any], stream: TextIO) -> None:
     """The metrics by name, with what each means."""
     metrics = result["metrics"]
     rows = [
-        (metric.label, metric.show(metrics[metric.key]), metric.meaning)
+        (
+            metric.label,
+            metric.show(metrics[metric.key]),
+            interval_text(result["intervals"].get(metric.key)),
+            metric.meaning,
+        )
         for metric in METRICS
         if metrics.get(metric.key) is not None
     ]
     console = _console(stream)
-    console.print(rows_table(None, ("metric", "value", "meaning"), rows))
+    console.print(rows_table(None, ("metric", "value", "95%", "meaning"), rows))
     facts = result["facts"]
     if facts["rejected"]:
         console.print(f"{facts['accepted']} of {facts['read']} rows judged; the others are wrong")
+
+
+_COMPARED = ("score", "efficacy", "efficacy_exact", "paraphrase", "neighbourhood", "drift_kl")
+
+
+def show_comparison(result: Mapping[str, Any], stream: TextIO) -> None:
+    """A line a method and number of facts, with the metrics that matter most."""
+    console = _console(stream)
+    rows = []
+    for row in result["rows"]:
+        found = row["metrics"] or {}
+        shown = (METRIC[key].show(found.get(key)) for key in _COMPARED)
+        rows.append((f"{row['edits']:,}", row["method"], *shown, row["failed"] or ""))
+    names = ("facts", "method", *(METRIC[key].label for key in _COMPARED), "")
+    console.print(rows_table(None, names, rows))
+    console.print(f"all of it: {result['out']}")
 
 
 def show_continuations(result: Mapping[str, Any], stream: TextIO) -> None:

@@ -53,6 +53,8 @@ def cuts(
         "targets": Cut(len(target_units(requests, settings.targets))),
         "keys": Cut(math.ceil(facts / FACTS_PER_KEY_UNIT), passes=len(settings.layers)),
     }
+    if settings.method == "memedit":  # its z vectors are most of it
+        found["repair"] = found["targets"]
     if sampled:
         found["sampling"] = Cut(sum(math.ceil(tokens / at_once) for tokens in sampled))
     if counted:

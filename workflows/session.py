@@ -17,7 +17,7 @@ from cluster.dispatch import Rules
 from cluster.executors import open_executor
 from memedit.architecture import Architecture, architecture_of
 from memedit.checkpoint import Checkpoint
-from memedit.config import EditSettings
+from memedit.config import ONE_LAYER, EditSettings
 from memedit.defaults import defaults_for
 from memedit.errors import InputError
 from memedit.executor import Executor
@@ -35,9 +35,9 @@ from memedit.prompts import (
 from memedit.requests import EditRequest
 from memedit.stages import once
 from memedit.targets import default_tokens_per_batch
-from workflows.facts import FactTable
+from workflows.facts import FactTable, Reject
 from workflows.models import resolve_model
-from workflows.settings import ModelJob, WorkJob
+from workflows.settings import MethodJob, ModelJob, WorkJob
 
 T = TypeVar("T")
 
@@ -129,8 +129,11 @@ def open_base(job: ModelJob, progress: Progress) -> Base:
 
 def settings_of(job: WorkJob, base: Base, n_facts: int, progress: Progress) -> EditSettings:
     """The family's defaults under what the job sets, checked against the model."""
-    defaults = defaults_for(base.config, n_facts)
+    method = job.method if isinstance(job, MethodJob) else "memit"
+    defaults = defaults_for(base.config, n_facts, method=method)
     settings = job.settings(defaults.settings)
+    if settings.method in ONE_LAYER and len(settings.layers) != 1:
+        raise InputError(f"{settings.method} edits one layer", field="layers")
     if not defaults.known:
         progress.message(f"{base.name}: {defaults.source}; look at the report before you trust it")
     batch = settings.targets.tokens_per_batch
@@ -161,13 +164,25 @@ def encode_facts(
     contexts: Sequence[str],
     *,
     on_bad_row: Literal["fail", "skip"],
+    refuse: Callable[[Sequence[Reject]], None] | None = None,
 ) -> tuple[FactTable, list[EncodedRequest]]:
     """Token ids of all facts in canonical order; what cannot be placed or is too long is rejected.
+
+    Args:
+        table: The facts.
+        base: The model, whose tokenizer and length decide.
+        contexts: See `contexts_of`.
+        on_bad_row: Whether a rejected fact ends it.
+        refuse: Told of rejected facts; may raise.
 
     Raises:
         InputError: A fact was rejected and `on_bad_row` is "fail", or none is left.
     """
-    return sift(table, lambda request: encode_fact(request, base, contexts), on_bad_row=on_bad_row)
+
+    def encoded(request: EditRequest) -> EncodedRequest:
+        return encode_fact(request, base, contexts)
+
+    return sift(table, encoded, on_bad_row=on_bad_row, refuse=refuse)
 
 
 def encode_fact(request: EditRequest, base: Base, contexts: Sequence[str]) -> EncodedRequest:
@@ -184,7 +199,11 @@ def encode_fact(request: EditRequest, base: Base, contexts: Sequence[str]) -> En
 
 
 def sift(
-    table: FactTable, read: Callable[[EditRequest], T], *, on_bad_row: Literal["fail", "skip"]
+    table: FactTable,
+    read: Callable[[EditRequest], T],
+    *,
+    on_bad_row: Literal["fail", "skip"],
+    refuse: Callable[[Sequence[Reject]], None] | None = None,
 ) -> tuple[FactTable, list[T]]:
     """What `read` makes of each fact, in canonical order; a fact that it refuses is rejected.
 
@@ -199,6 +218,8 @@ def sift(
             table = table.reject(request.case_id, error.message, field=error.field)
     if on_bad_row == "fail":
         table.require_no_rejects()
+    if refuse is not None and table.rejects:
+        refuse(table.rejects)
     table.require_requests()
     return table, found
 

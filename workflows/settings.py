@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from cluster.storage import StorageSettings
-from memedit.config import EditSettings, EvaluationSettings
+from memedit.config import EditSettings, EvaluationSettings, MethodName
 from memedit.errors import InputError
 from workflows.fields import LARGEST_SEED, SECTIONS, option, section
 from workflows.gates import Gate, parse_gate
+from workflows.wording import did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +180,7 @@ class WorkJob(ModelJob):
 
     def section_overrides(self) -> dict[str, dict[str, Any]]:
         """What was set in the sections of `memedit.config`, and nothing else."""
-        names = ("contexts", "targets", "moments", "solve")
+        names = ("contexts", "targets", "moments", "solve", "protect", "repair", "finetune")
         return {n: dict(getattr(self, n)) for n in names if getattr(self, n, None)}
 
     def overrides(self) -> dict[str, Any]:
@@ -189,7 +190,7 @@ class WorkJob(ModelJob):
             if getattr(self, name, None) is not None:
                 found[name] = getattr(self, name)
         if self.seed is not None:
-            for name in ("contexts", "moments"):
+            for name in ("contexts", "moments", "protect", "finetune"):
                 found[name] = {"seed": self.seed, **found.get(name, {})}
         return found
 
@@ -227,10 +228,18 @@ class MethodJob(WorkJob):
         metavar="PLACE",
         location="path",
     )
-    method: Literal["memit"] = option("memit", "The editing method.", group="Method")
+    method: MethodName = option(
+        "memit",
+        "The editing method: memit as published, memedit (MEMIT with protected keys and repair), or"
+        " one of its relatives.",
+        group="Method",
+    )
     contexts: Mapping[str, Any] = section("contexts")
     targets: Mapping[str, Any] = section("targets")
     solve: Mapping[str, Any] = section("solve")
+    protect: Mapping[str, Any] = section("protect")
+    repair: Mapping[str, Any] = section("repair")
+    finetune: Mapping[str, Any] = section("finetune")
     evaluation: Mapping[str, Any] = section("evaluation")
 
     @property
@@ -341,6 +350,68 @@ class EditJob(FactsJob, PublishJob):
                     f"{gate}: groups of facts and the version before are known to `memedit ingest`",
                     field="gate",
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareJob(FactsJob, StoringJob):
+    """`memedit compare`: methods side by side."""
+
+    method: MethodName = option("memit", "Not used; see `methods`.", flag=False)
+    methods: str = option(
+        "memit,memedit",
+        "The methods to compare, with commas: memit, memedit, emmet, alphaedit, rome, ft. The"
+        " unedited base is always among them.",
+        group="Method",
+        metavar="NAMES",
+    )
+    edits: str = option(
+        "1,10,100",
+        "Numbers of facts, with commas; a smaller one is part of each larger one.",
+        group="Method",
+        metavar="COUNTS",
+    )
+    out: str = option(
+        None,
+        "Folder or s3:// prefix for the table, the judgements and the report; new or empty.",
+        group="Output",
+        metavar="PLACE",
+        required=True,
+        location="path",
+    )
+
+    @property
+    def method_names(self) -> tuple[MethodName, ...]:
+        """The methods, each once.
+
+        Raises:
+            InputError: There is no such method.
+        """
+        known = get_args(MethodName)
+        names = dict.fromkeys(name.strip() for name in self.methods.split(","))
+        names.pop("base", None)
+        for name in names:
+            if name not in known:
+                raise InputError(f"no method {name!r}{did_you_mean(name, known)}", field="methods")
+        return cast(tuple[MethodName, ...], tuple(names))
+
+    @property
+    def edit_counts(self) -> tuple[int, ...]:
+        """The numbers of facts, ascending.
+
+        Raises:
+            InputError: One is no number above zero.
+        """
+        try:
+            counts = {int(text) for text in self.edits.split(",")}
+        except ValueError:
+            counts = {0}
+        if min(counts) < 1:
+            raise InputError(f"not numbers of facts: {self.edits!r}; write 1,10,100", field="edits")
+        return tuple(sorted(counts))
+
+    def check(self) -> None:
+        """See `Job`."""
+        _ = self.method_names, self.edit_counts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from memedit.outcome import EditOutcome, FactResult
-from workflows.findings import METRICS, resting_on, sample
+from workflows.findings import METRICS, interval_text, resting_on, sample
 
 _TONES = {"better": "blue", "worse": "dark_orange3", "same": "dim"}
 """Blue against orange: told apart by every common kind of colour blindness."""
@@ -39,6 +39,7 @@ def before_after_table(outcome: EditOutcome) -> Table:
     for name in ("before", "after", "change"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
+    table.add_column("95%", justify="right", no_wrap=True, style="dim")
     table.add_column("of", justify="right", no_wrap=True, style="dim")
     counts = resting_on(outcome.after.facts)
     for metric in METRICS:
@@ -53,6 +54,7 @@ def before_after_table(outcome: EditOutcome) -> Table:
             Text(metric.show(new), style="bold"),
             Text(change, style=_TONES[tone]),
             Text(tone if change else "", style=_TONES[tone]),
+            interval_text(outcome.after.intervals.get(metric.key)),
             f"{counts[metric.key]:,}" if metric.key in counts else "",
             end_section=metric.key in ("score", "generation"),
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from memedit.collect import collect_moments
-from memedit.config import MomentSettings, TargetSettings
+from memedit.config import MomentSettings, SolveSettings, TargetSettings
 from memedit.executor import InlineExecutor
 from memedit.files import LocalFiles
 from memedit.model import ModelSpec, load_model
@@ -92,8 +92,7 @@ def test_z_statistics_and_updates_equal_the_plain_ones(
         moments=moments,
         layers=LAYERS,
         method=METHODS["memit"],
-        lam=LAM,
-        ridge=ridge,
+        settings=SolveSettings(lam=LAM, ridge=ridge),
         residual_scale=1.0,
         stored=dict.fromkeys(LAYERS, torch.float32),
         device=torch.device("cpu"),

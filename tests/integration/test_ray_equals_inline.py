@@ -18,7 +18,7 @@ import torch
 from cluster.executors import open_executor
 from memedit import collect, stages
 from memedit.architecture import Architecture
-from memedit.config import EvaluationSettings, MomentSettings, TargetSettings
+from memedit.config import EvaluationSettings, MomentSettings, SolveSettings, TargetSettings
 from memedit.executor import Executor
 from memedit.files import LocalFiles
 from memedit.model import ModelSpec, load_model
@@ -165,8 +165,7 @@ def solved_by(
         moments=moments,
         layers=LAYERS,
         method=METHODS["memit"],
-        lam=20.0,
-        ridge=0.0,
+        settings=SolveSettings(lam=20.0),
         residual_scale=arch.residual_scale,
         stored=dict.fromkeys(LAYERS, torch.bfloat16),
         device=torch.device("cpu"),

@@ -37,6 +37,7 @@ from memedit.requests import EditRequest
 from memedit.solve import (
     LayerProblem,
     MomentFactor,
+    SummedProblem,
     factors_are_cheaper,
     solve_from_factors,
     solve_from_sums,
@@ -168,13 +169,14 @@ def test_the_solve_takes_the_form_that_is_counted(edits: int) -> None:
         if factors_are_cheaper(edits, INNER, HIDDEN):
             update = solve_from_factors(problem)
         else:
-            update = solve_from_sums(
+            summed = SummedProblem(
                 layer=0,
                 keys_II=problem.keys_NI.T @ problem.keys_NI,
                 residual_keys_OI=problem.residuals_NO.T @ problem.keys_NI,
                 moment_II=problem.moment.moment_II,
                 lam=problem.lam,
             )
+            update = solve_from_sums(summed)
         delta_OI = update.delta_OI
     assert delta_OI.shape == (HIDDEN, INNER)
     assert (update.right_NI is not None) == from_factors(shape, edits=edits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,11 +14,16 @@ from memedit.errors import NumericalError
 from memedit.solve import (
     LayerProblem,
     MomentFactor,
+    SummedProblem,
     Update,
     factors_are_cheaper,
+    null_projection,
+    solve_alphaedit,
     solve_device,
+    solve_emmet,
     solve_from_factors,
     solve_from_sums,
+    sum_alphaedit,
 )
 
 
@@ -41,14 +48,19 @@ def _textbook(problem: LayerProblem) -> Tensor:
     return R_ON @ K_IN.T @ torch.linalg.inv(problem.lam * problem.moment.moment_II + K_IN @ K_IN.T)
 
 
-def _sums(problem: LayerProblem) -> Update:
-    return solve_from_sums(
+def _summed(problem: LayerProblem) -> SummedProblem:
+    return SummedProblem(
         layer=problem.layer,
         keys_II=problem.keys_NI.T @ problem.keys_NI,
         residual_keys_OI=problem.residuals_NO.T @ problem.keys_NI,
         moment_II=problem.moment.moment_II,
         lam=problem.lam,
+        null_threshold=problem.null_threshold,
     )
+
+
+def _sums(problem: LayerProblem) -> Update:
+    return solve_from_sums(_summed(problem))
 
 
 @given(st.integers(1, 60), st.integers(2, 24), st.integers(1, 12), st.floats(0.01, 1e4))
@@ -73,6 +85,68 @@ def test_a_strong_prior_keeps_the_weight_and_a_weak_one_obeys_the_facts() -> Non
     weak = _problem(3, 32, 8, lam=1e-9)
     written = weak.keys_NI @ solve_from_factors(weak).delta_OI.T
     torch.testing.assert_close(written, weak.residuals_NO, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("edits", [1, 5, 16])
+def test_emmet_holds_every_edit_exactly_at_the_least_cost(edits: int) -> None:
+    problem = _problem(edits, 32, 8)
+    C_II, K_NI, R_NO = problem.moment.moment_II, problem.keys_NI, problem.residuals_NO
+    delta_OI = solve_emmet(problem).delta_OI
+    torch.testing.assert_close(K_NI @ delta_OI.T, R_NO)
+    # A change that moves no edited key costs more: it is orthogonal to Δ in the norm of C.
+    change_OI = torch.randn(8, 32, dtype=torch.float64)
+    change_OI -= change_OI @ torch.linalg.pinv(K_NI) @ K_NI
+    torch.testing.assert_close(
+        (change_OI @ C_II * delta_OI).sum(), torch.tensor(0.0).double(), atol=1e-8, rtol=0
+    )
+    assert change_OI.norm() > 1
+
+
+def test_emmet_is_memit_without_lambda_and_rome_for_one_edit() -> None:
+    weak = _problem(3, 32, 8, lam=1e-9)
+    torch.testing.assert_close(
+        solve_emmet(weak).delta_OI, solve_from_factors(weak).delta_OI, rtol=1e-5, atol=1e-6
+    )
+    one = _problem(1, 32, 8)
+    k_I, r_O = one.keys_NI[0], one.residuals_NO[0]
+    direction_I = torch.linalg.solve(one.moment.moment_II, k_I)
+    rome_OI = torch.outer(r_O, direction_I) / (direction_I @ k_I)
+    torch.testing.assert_close(solve_emmet(one).delta_OI, rome_OI)
+
+
+def test_more_exact_edits_than_inputs_cannot_be() -> None:
+    with pytest.raises(NumericalError, match="layer 5 is singular"):
+        solve_emmet(_problem(40, 16, 8))
+
+
+def _with_null_space(problem: LayerProblem, size: int) -> LayerProblem:
+    """The same with a C that is next to nothing in `size` random directions."""
+    inputs = problem.keys_NI.shape[1]
+    basis_II, _ = torch.linalg.qr(torch.randn(inputs, inputs, dtype=torch.float64))
+    values_I = torch.linspace(1, 2, inputs, dtype=torch.float64)
+    values_I[:size] = 1e-3
+    moment_II = basis_II @ values_I.diag() @ basis_II.T
+    return replace(problem, moment=MomentFactor((moment_II + moment_II.T) / 2, layer=5))
+
+
+@pytest.mark.parametrize("edits", [1, 7, 50])
+def test_alphaedit_moves_nothing_outside_of_the_null_space(edits: int) -> None:
+    problem = _with_null_space(_problem(edits, 24, 6), 10)
+    P_II = null_projection(problem.moment.moment_II, 0.02, layer=5)
+    torch.testing.assert_close(P_II @ P_II, P_II)
+    assert round(float(P_II.trace())) == 10
+    delta_OI = solve_alphaedit(problem).delta_OI
+    torch.testing.assert_close(delta_OI @ P_II, delta_OI)
+    torch.testing.assert_close(sum_alphaedit(_summed(problem)).delta_OI, delta_OI)
+    # The optimum of ‖Δ P K − R‖² + λ ‖Δ P‖²: its gradient is zero.
+    K_NI = problem.keys_NI @ P_II
+    gradient_OI = (K_NI @ delta_OI.T - problem.residuals_NO).T @ K_NI + problem.lam * delta_OI
+    assert gradient_OI.norm() <= 1e-8 * (problem.residuals_NO.T @ K_NI).norm()
+
+
+def test_without_a_null_space_alphaedit_says_so() -> None:
+    with pytest.raises(NumericalError, match=r"layer 5 has no eigenvalue below 0\.02.*threshold"):
+        solve_alphaedit(_problem(3, 16, 4))
 
 
 def test_too_few_tokens_fail_loudly_and_a_ridge_helps() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from memedit import stages
+from memedit.config import SolveSettings
 from memedit.executor import InlineExecutor
 from memedit.files import LocalFiles
 from memedit.model import ModelSpec
@@ -62,8 +63,7 @@ def _solved(
             moments=moments,
             layers=LAYERS_EDITED,
             method=method,
-            lam=10.0,
-            ridge=ridge,
+            settings=SolveSettings(lam=10.0, ridge=ridge),
             residual_scale=1.0,
             stored=dict.fromkeys(LAYERS_EDITED, torch.float32),
             device=device,

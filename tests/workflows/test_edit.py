@@ -104,7 +104,7 @@ def test_the_result_is_the_published_object(first: First) -> None:
     result, out = first.ran.result, first.out
     assert list(result) == [
         *("run_id", "out", "manifest", "method", "format", "model", "layers", "facts"),
-        *("metrics", "timings_s", "report"),
+        *("metrics", "intervals", "timings_s", "report"),
     ]
     assert result["out"] == str(out)
     assert result["manifest"] == str(out / "memedit.json")

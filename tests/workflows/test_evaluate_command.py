@@ -28,7 +28,7 @@ def facts(tmp_path: Path) -> Path:
 def test_what_it_prints(base: Path, facts: Path, tmp_path: Path) -> None:
     before = contents(tmp_path) | contents(base)
     result = memedit("evaluate", "--model", base, "--facts", facts, *FLAGS).result
-    assert list(result) == ["model", "facts", "metrics", "per_fact", "timings_s"]
+    assert list(result) == ["model", "facts", "metrics", "intervals", "per_fact", "timings_s"]
     assert result["facts"] == {"read": 3, "accepted": 3, "rejected": 0, "duplicates": 0}
     metrics = result["metrics"]
     assert tuple(metrics) == METRIC_KEYS

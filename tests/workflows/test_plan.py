@@ -173,6 +173,20 @@ def test_a_schedule_is_shorter_with_more_machines(model: Path, facts: Path) -> N
     assert four["schedule"]["seconds"] < one["schedule"]["seconds"]
 
 
+def test_repair_is_part_of_the_plan(model: Path, facts: Path) -> None:
+    one, two = (plan(model, facts, method="memedit", repair={"rounds": n}) for n in (1, 2))
+    plain = plan(model, facts, method="memedit", repair={"rounds": 0})
+    assert "repair" not in plain["stages"]
+    gflop = {name: stage["gflop"] for name, stage in one["stages"].items() if name != "files"}
+    again = 0.2 * gflop["targets"] + gflop["keys"] + gflop["solve"]
+    assert gflop["repair"] == pytest.approx(again, rel=0.01)
+    assert two["stages"]["repair"]["gflop"] == pytest.approx(2 * again, rel=0.01)
+    spread = plan(model, facts, method="memedit", executor="ray", workers=4)
+    assert "over 4 workers" in spread["schedule"]["repair"]
+    with pytest.raises(InputError, match="not planned"):
+        plan(model, facts, method="rome")
+
+
 def test_gpus_of_a_worker_share_the_weights(model: Path, facts: Path) -> None:
     spread: dict[str, Any] = {"executor": "ray", "device": "auto"}
     one = plan(model, facts, gpus_per_worker=1.0, **spread)["memory"]

@@ -1,0 +1,83 @@
+"""How sure the metrics of a batch are: bootstrap intervals over its facts.
+
+Another draw of facts would have given other metrics. The percentile bootstrap (Efron 1979) draws
+the batch's own facts anew, with replacement, and takes the middle 95% of what comes out. Knows
+judgements of facts; does not know models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from memedit.outcome import FactResult
+
+RESAMPLES = 1000
+_LEVEL = 0.95
+_AT_ONCE = 2**20
+"""Facts that are drawn at once, so that memory does not grow with the batch."""
+
+
+def _mean(prompts: Sequence[bool]) -> float:
+    return fmean(prompts) if prompts else math.nan
+
+
+FACT_VALUES: Mapping[str, Callable[[FactResult], float]] = {
+    "efficacy": lambda fact: math.nan if fact.efficacy is None else float(fact.efficacy),
+    "paraphrase": lambda fact: _mean(fact.paraphrase),
+    "neighbourhood": lambda fact: _mean(fact.neighbourhood),
+    "efficacy_exact": lambda fact: float(fact.efficacy_exact),
+    "paraphrase_exact": lambda fact: _mean(fact.paraphrase_exact),
+    "neighbourhood_exact": lambda fact: _mean(fact.neighbourhood_exact),
+    "generation": lambda fact: float(fact.generation),
+}
+"""What a fact adds to the mean that is a metric: a share of its prompts, NaN where it has none."""
+SCORED = ("efficacy", "paraphrase", "neighbourhood")
+"""`score` is the harmonic mean of these."""
+
+
+def intervals_of(
+    facts: Sequence[FactResult], *, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """The 95% interval of each metric that is a mean over facts, and of their score, in percent.
+
+    Args:
+        facts: The judgements of a batch.
+        resamples: How often it is drawn anew.
+        seed: Of the draws; the same intervals for the same facts.
+    """
+    if not facts:
+        return {}
+    names = [n for n, of in FACT_VALUES.items() if any(not math.isnan(of(f)) for f in facts)]
+    values_FM = torch.tensor(
+        [[FACT_VALUES[name](fact) for name in names] for fact in facts], dtype=torch.float64
+    )
+    means_RM = _resampled(values_FM, resamples, torch.Generator().manual_seed(seed))
+    if set(SCORED) <= set(names):
+        parts_RP = means_RM[:, [names.index(name) for name in SCORED]]
+        # Of a zero it is zero, as it should be: 3 / inf.
+        score_R1 = len(SCORED) / (1 / parts_RP).sum(1, keepdim=True)
+        names, means_RM = [*names, "score"], torch.cat([means_RM, score_R1], dim=1)
+    tail = (1 - _LEVEL) / 2
+    found = {}
+    for name, column_R in zip(names, means_RM.T, strict=True):
+        drawn_R = column_R[~column_R.isnan()]  # a draw may hold no fact with such a prompt
+        low, high = torch.quantile(drawn_R, drawn_R.new_tensor([tail, 1 - tail])).tolist()
+        found[name] = (100 * low, 100 * high)
+    return found
+
+
+def _resampled(values_FM: Tensor, resamples: int, generator: torch.Generator) -> Tensor:
+    """The means of facts that are drawn with replacement, [resamples, M]; NaN is left out."""
+    count = len(values_FM)
+    rows = max(1, _AT_ONCE // count)
+    parts = []
+    for start in range(0, resamples, rows):
+        size = (min(rows, resamples - start), count)
+        drawn_RF = torch.randint(count, size, generator=generator)
+        parts.append(values_FM[drawn_RF].nanmean(1))
+    return torch.cat(parts)

@@ -1,0 +1,126 @@
+"""Prompts about other subjects in the words of the facts: what an edit must leave as it is.
+
+A key of "The capital of {} is" looks much the same for an edited subject and for any other. Corpus
+text hardly ever says it in these words, so that its second moment C leaves those other keys nearly
+free to move. Knows facts and text; does not know models or tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from memedit.config import ProtectSettings
+from memedit.requests import EditRequest, comparable
+
+_MOST_WORDS = 4
+_MOST_NAMES = 2000
+_ENDS = (".", "!", "?", ":", "…")
+_QUOTES = "\"'“‘«"
+_AROUND = _QUOTES + "”’»()[],;"
+_JOINING = frozenset(("of", "the", "de", "la", "van", "von", "der", "del", "di", "al", "bin"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtectingPrompts:
+    """Prompts whose keys are protected, and others like them on which drift is measured."""
+
+    protected: tuple[str, ...]
+    heldout: tuple[str, ...]
+
+
+def protecting_prompts(
+    requests: Sequence[EditRequest],
+    texts: Iterable[str],
+    *,
+    settings: ProtectSettings,
+    heldout: int,
+) -> ProtectingPrompts:
+    """Choose prompts for a batch of facts; the same ones for the same facts in the same order.
+
+    Where there are too few for both, each gets its share of them.
+
+    Args:
+        requests: The facts.
+        texts: Text that the model may know, in which names are looked for.
+        settings: How many to protect, and where they come from.
+        heldout: How many to measure on.
+    """
+    edited = {text for request in requests for text in (request.text, *request.paraphrases)}
+    wanted = settings.prompts + heldout
+    random = Random(settings.seed)
+    made = templated(requests, names_in(texts), count=wanted, random=random)
+    given: list[str] = []
+    if settings.source == "neighbourhood":
+        given = list(dict.fromkeys(n.prompt for r in requests for n in r.neighbourhood))
+        random.shuffle(given)
+    # What is protected by name comes first; what is measured stays free of it if it can.
+    prompts = [prompt for prompt in dict.fromkeys((*given, *made)) if prompt not in edited]
+    prompts = prompts[:wanted]
+    kept = len(prompts) * settings.prompts // max(1, wanted)
+    return ProtectingPrompts(protected=tuple(prompts[:kept]), heldout=tuple(prompts[kept:]))
+
+
+def templated(
+    requests: Sequence[EditRequest], names: Sequence[str], *, count: int, random: Random
+) -> list[str]:
+    """The facts' prompts with other names in place of their subjects, at most `count`, each once.
+
+    A name that is the subject of a fact is left out.
+    """
+    templates = list(dict.fromkeys(request.prompt for request in requests))
+    subjects = {comparable(request.subject) for request in requests}
+    others = [name for name in names if comparable(name) not in subjects]
+    pairs = len(templates) * len(others)
+    return [
+        templates[pair % len(templates)].replace("{}", others[pair // len(templates)], 1)
+        for pair in random.sample(range(pairs), min(count, pairs))
+    ]
+
+
+def names_in(texts: Iterable[str], *, most: int = _MOST_NAMES) -> list[str]:
+    """Names in running text, in their order, each once: words with a capital inside a sentence.
+
+    A name has up to four such words, which small words like "of" may join. Scripts without capitals
+    give none.
+    """
+    names: dict[str, None] = {}
+    for text in texts:
+        for name in _names(text):
+            names.setdefault(name)
+            if len(names) >= most:
+                return list(names)
+    return list(names)
+
+
+def _names(text: str) -> Iterable[str]:
+    run: list[str] = []
+    begins = True  # of a sentence, where any word has a capital
+    for raw in text.split():
+        word = raw.strip(_AROUND + "".join(_ENDS))
+        opening = raw[: len(raw) - len(raw.lstrip(_AROUND))]
+        begins = begins or any(mark in _QUOTES for mark in opening)
+        capital = word[:1].isupper() and word[1:2].isalpha() and not begins
+        if opening:
+            yield from _name(run)
+            run = []
+        if capital or (run and word in _JOINING):
+            run.append(word)
+        else:
+            yield from _name(run)
+            run = []
+        if raw[-1] in _AROUND or raw[-1] in _ENDS:
+            yield from _name(run)
+            run = []
+        begins = raw.rstrip(_AROUND)[-1:] in _ENDS
+    yield from _name(run)
+
+
+def _name(run: Sequence[str]) -> Iterable[str]:
+    words = list(run)
+    while words and words[-1] in _JOINING:
+        words.pop()
+    # One long run is a heading or a list.
+    if words and len(words) <= _MOST_WORDS:
+        yield " ".join(words)

@@ -1,0 +1,88 @@
+"""Bootstrap intervals: against a count of all draws, how often they hold the truth, their edges."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from statistics import harmonic_mean
+
+import pytest
+import torch
+
+from memedit.evaluate import summarise
+from memedit.intervals import intervals_of
+from memedit.outcome import FactResult
+
+
+def fact(said: bool, *, neighbours: tuple[bool, ...] = (True, False)) -> FactResult:
+    return FactResult(
+        case_id="",
+        prompt="p",
+        target_new="new",
+        target_true="true",
+        efficacy=said,
+        efficacy_exact=said,
+        paraphrase=(said, True),
+        paraphrase_exact=(said,),
+        neighbourhood=neighbours,
+        neighbourhood_exact=neighbours,
+        generation=said,
+        continuation="",
+        logprob_new=-1.0,
+        logprob_true=-2.0,
+    )
+
+
+def test_a_small_batch_against_all_its_draws() -> None:
+    facts = [fact(True), fact(True), fact(True, neighbours=(True,)), fact(False, neighbours=())]
+    draws = [[facts[i] for i in draw] for draw in product(range(4), repeat=4)]
+    found = intervals_of(facts, resamples=20_000)
+    for name in ("efficacy", "paraphrase", "neighbourhood", "score"):
+        # Each draw is as likely as another, and a metric that it lacks is left out.
+        means = [m for draw in draws if (m := summarise(draw)[name]) is not None]
+        expected = torch.quantile(
+            torch.tensor(means).double(), torch.tensor([0.025, 0.975]).double()
+        )
+        assert found[name] == pytest.approx(expected.tolist(), abs=0.01), name
+
+
+def test_it_holds_the_truth_about_as_often_as_it_says() -> None:
+    generator = torch.Generator().manual_seed(5)
+    held = 0
+    for _ in range(200):
+        said = (torch.rand(80, generator=generator) < 0.7).tolist()
+        low, high = intervals_of([fact(s) for s in said], resamples=300)["efficacy"]
+        held += low <= 70 <= high
+    assert 180 <= held <= 199
+
+
+def test_the_metric_lies_inside_and_more_facts_make_it_narrower() -> None:
+    facts = [fact(i % 3 != 0) for i in range(30)]
+    few, many = intervals_of(facts), intervals_of(facts * 16)
+    metrics = summarise(facts)
+    for name, (low, high) in few.items():
+        value = metrics[name]
+        assert value is not None and low <= value <= high
+        if low < high:
+            assert many[name][1] - many[name][0] < (high - low) / 3
+    assert few["score"][0] < few["score"][1]
+
+
+def test_facts_that_are_all_alike_leave_no_doubt() -> None:
+    found = intervals_of([fact(True)] * 9)
+    assert found["efficacy"] == (100, 100)
+    assert found["score"] == pytest.approx((harmonic_mean([100, 100, 50]),) * 2)
+    assert intervals_of([fact(False, neighbours=(True,))] * 9)["score"] == (0, 0)
+
+
+def test_what_was_not_measured_has_none() -> None:
+    bare = replace(fact(True, neighbours=()), efficacy=None, paraphrase=(), paraphrase_exact=())
+    assert set(intervals_of([bare])) == {"efficacy_exact", "generation"}
+    assert intervals_of([]) == {}
+
+
+def test_the_same_facts_give_the_same_and_another_seed_others() -> None:
+    facts = [fact(i % 3 != 0) for i in range(30)]
+    first = intervals_of(facts, resamples=40)
+    assert first == intervals_of(facts, resamples=40)
+    assert first != intervals_of(facts, resamples=40, seed=1)

@@ -1,0 +1,99 @@
+"""Prompts of other subjects: which names are found, and what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memedit.config import ProtectSettings
+from memedit.protection import ProtectingPrompts, names_in, protecting_prompts
+from memedit.requests import EditRequest, Neighbour
+
+TEXT = (
+    "The river Danube flows through Vienna, and past Bratislava. Nobody knows what Anna Maria of "
+    'Saxony said ("It is late", perhaps) to Ludwig van Beethoven when he left Bonn! A letter.'
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        (TEXT, ["Danube", "Vienna", "Bratislava", "Anna Maria of Saxony", "Ludwig van Beethoven",
+                "Bonn"]),
+        ("Only the first word has one. Then nothing.", []),
+        ("we met in Санкт-Петербург with Ωμέγα", ["Санкт-Петербург", "Ωμέγα"]),
+        ("it lies in 東京 and nowhere else", []),
+        ("the isle of Man of", ["Man"]),
+        ("see A Very Long Heading In Capitals Here", []),
+        ("in Rome, Paris and Rome", ["Rome", "Paris"]),
+        ("", []),
+    ],
+)  # fmt: skip
+def test_names(text: str, names: Sequence[str]) -> None:
+    assert names_in([text]) == names
+
+
+def test_no_more_names_than_asked_for() -> None:
+    assert names_in([TEXT, TEXT], most=2) == ["Danube", "Vienna"]
+
+
+@given(st.lists(st.text(max_size=60), max_size=4))
+def test_any_text_is_read(texts: list[str]) -> None:
+    for name in names_in(texts):
+        assert name.strip() == name and name[0].isupper()
+
+
+def fact(i: int, subject: str, prompt: str = "{} lies in", **more: object) -> EditRequest:
+    return EditRequest(case_id=str(i), subject=subject, prompt=prompt, target_new="Rome", **more)  # type: ignore[arg-type]
+
+
+FACTS = [
+    fact(0, "Vienna", paraphrases=("Bonn lies in",)),
+    fact(1, "Oslo", "The flag of {} is", neighbourhood=(Neighbour(prompt="Kiel is", target="x"),)),
+]
+
+
+def chosen(
+    prompts: int,
+    heldout: int = 0,
+    *,
+    source: Literal["templates", "neighbourhood"] = "templates",
+    seed: int = 0,
+    texts: Sequence[str] = (TEXT,),
+) -> ProtectingPrompts:
+    settings = ProtectSettings(prompts=prompts, source=source, seed=seed)
+    return protecting_prompts(FACTS, texts, settings=settings, heldout=heldout)
+
+
+def test_templates_take_other_names() -> None:
+    found = chosen(100)
+    # Six names but for the subject Vienna, two templates, and one prompt that a fact edits.
+    assert len(found.protected) == 9 and not found.heldout
+    assert "Danube lies in" in found.protected
+    assert "The flag of Ludwig van Beethoven is" in found.protected
+    assert "Bonn lies in" not in found.protected
+    assert not any("Vienna" in prompt for prompt in found.protected)
+
+
+def test_what_is_measured_is_not_protected() -> None:
+    found = chosen(6, 2)
+    assert (len(found.protected), len(found.heldout)) == (6, 2)
+    assert not set(found.protected) & set(found.heldout)
+    short = chosen(75, 25)  # each gets its share of nine
+    assert (len(short.protected), len(short.heldout)) == (6, 3)
+    assert chosen(6, 2) == found and chosen(6, 2, seed=1) != found
+
+
+def test_neighbourhood_prompts_only_where_they_are_asked_for() -> None:
+    assert "Kiel is" not in chosen(9).protected
+    found = chosen(9, source="neighbourhood")
+    assert found.protected[0] == "Kiel is" and len(found.protected) == 9
+    assert chosen(9, source="neighbourhood", texts=()).protected == ("Kiel is",)
+
+
+def test_without_names_there_is_nothing() -> None:
+    assert chosen(9, texts=("nothing here",)) == ProtectingPrompts(protected=(), heldout=())

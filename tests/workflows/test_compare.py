@@ -1,0 +1,131 @@
+"""`memedit compare` on a tiny model: the table, the judgements, the page, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from memedit.outcome import METRIC_KEYS
+from tests.tiny import save_tiny
+from tests.workflows.runs import Ran, edit, memedit, quick, setting, write_rows
+from workflows.comparison_page import curves_plot
+
+METHODS = "memit,memedit,emmet,alphaedit"
+
+
+def compare(model: Path, facts: Path, out: Path, cache: Path, *more: object) -> Ran:
+    return memedit("compare", *quick(model, cache), "--facts", facts, "--out", out, *more)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return save_tiny(tmp_path_factory.mktemp("compare") / "base")
+
+
+@pytest.fixture(scope="module")
+def done(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("done")
+    facts = write_rows(folder / "facts.jsonl")
+    more = ("--methods", METHODS, "--edits", "3,1")
+    settings = setting("solve.null_threshold=1e-9")
+    return folder, compare(base, facts, folder / "out", folder / "cache", *more, *settings).result
+
+
+def row(result: dict[str, Any], method: str, edits: int) -> dict[str, Any]:
+    (found,) = [r for r in result["rows"] if (r["method"], r["edits"]) == (method, edits)]
+    return found
+
+
+def test_every_method_has_a_row_for_each_number_of_facts(done: tuple[Path, Any]) -> None:
+    folder, result = done
+    names = ["base", *METHODS.split(",")]
+    assert [(r["method"], r["edits"]) for r in result["rows"]] == [
+        (name, edits) for edits in (1, 3) for name in names
+    ]
+    for found in result["rows"]:
+        if found["method"] != "alphaedit":
+            assert tuple(found["metrics"]) == METRIC_KEYS and found["failed"] is None
+    assert row(result, "base", 3)["metrics"]["drift_kl"] == 0
+    assert row(result, "memit", 3)["moved"] > 0
+    assert json.loads((folder / "out" / "comparison.json").read_text()) == result
+
+
+def test_a_method_that_fails_says_why_and_the_others_go_on(done: tuple[Path, Any]) -> None:
+    """So small a threshold leaves AlphaEdit no null space."""
+    for edits in (1, 3):
+        found = row(done[1], "alphaedit", edits)
+        assert found["metrics"] is None and "raise solve.null_threshold" in found["failed"]
+
+
+def test_a_row_is_what_edit_gives(base: Path, done: tuple[Path, Any]) -> None:
+    folder, result = done
+    for method in ("memit", "memedit", "emmet"):
+        ran = edit(
+            base, folder / "facts.jsonl", folder / method, folder / "cache", "--method", method
+        )
+        expected, found = ran.result["metrics"], row(result, method, 3)["metrics"]
+        assert found == pytest.approx(expected["after"], rel=1e-5)
+        assert row(result, "base", 3)["metrics"] == pytest.approx(expected["before"])
+
+
+def test_every_judgement_is_in_the_table(done: tuple[Path, Any]) -> None:
+    folder, result = done
+    rows = pq.read_table(folder / "out" / "judgements.parquet").to_pylist()
+    assert len(rows) == 4 * (1 + 3)
+    of_three = [r for r in rows if (r["method"], r["edits"]) == ("memit", 3)]
+    assert {r["relation"] for r in of_three} == {
+        "{} is located in the city of",
+        "The mother tongue of {} is",
+        "{} produces cars in",
+    }
+    exact = 100 * sum(r["efficacy_exact"] for r in of_three) / 3
+    assert exact == pytest.approx(row(result, "memit", 3)["metrics"]["efficacy_exact"])
+    assert all(math.isfinite(r["logprob_new"]) for r in rows)
+
+
+def test_the_page_needs_nothing_else(done: tuple[Path, Any]) -> None:
+    page = (done[0] / "out" / "report.html").read_text()
+    assert page.count("<svg") == 4 and "http" not in page.replace("http://www.w3.org", "")
+    assert "raise solve.null_threshold" in page and "3 facts" in page and "1 fact<" in page
+
+
+def test_a_curve_of_what_was_not_measured_is_not_drawn() -> None:
+    assert (
+        curves_plot([{"method": "memit", "edits": 1, "metrics": None, "intervals": {}}], "score")
+        == ""
+    )
+
+
+def test_methods_of_one_layer(base: Path, tmp_path: Path) -> None:
+    facts = write_rows(tmp_path / "facts.jsonl")
+    more = ("--methods", "rome,ft", "--edits", "2", "--layers", "2")
+    result = compare(base, facts, tmp_path / "out", tmp_path / "cache", *more).result
+    assert [r["layers"] for r in result["rows"]] == [[], [2], [2]]
+    assert all(r["failed"] is None for r in result["rows"])
+
+
+@pytest.mark.parametrize(
+    ("more", "field", "says"),
+    [
+        (("--methods", "memit,rom"), "methods", "did you mean 'rome'"),
+        (("--edits", "1,x"), "edits", "write 1,10,100"),
+        (("--edits", "0"), "edits", "write 1,10,100"),
+        (("--edits", "4"), "edits", "holds 3 facts"),
+        (("--methods", "memit,rome"), "layers", "rome edits one layer"),
+    ],
+)
+def test_what_cannot_be_compared(
+    base: Path, tmp_path: Path, more: tuple[str, ...], field: str, says: str
+) -> None:
+    facts = write_rows(tmp_path / "facts.jsonl")
+    ran = compare(base, facts, tmp_path / "out", tmp_path / "cache", "--edits", "1", *more)
+    assert ran.code == 2, ran.stderr
+    assert ran.error["field"] == field and says in ran.error["message"]
+    assert not (tmp_path / "out").exists()

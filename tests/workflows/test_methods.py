@@ -1,0 +1,199 @@
+"""`memedit edit --method`: protected keys, repair, and MEMIT's relatives, on a tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import workflows.editing
+from memedit.checkpoint import Checkpoint
+from memedit.manifest import read_manifest
+from memedit.moments import SecondMoment
+from memedit.worker import Worker
+from tests.tiny import save_tiny
+from tests.workflows.runs import (
+    FACTS,
+    Ran,
+    edit,
+    memedit,
+    setting,
+    shards,
+    without_plots,
+    write_rows,
+)
+
+TEXT = (
+    "The road from Lyon to Geneva leads past Mont Blanc, which Horace de Saussure climbed. Near "
+    "Chamonix it meets the river Arve, and before Annecy the old road to Turin. "
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class House:
+    """A base, facts and a corpus, and what commands over them leave."""
+
+    folder: Path
+    base: Path
+    facts: Path
+    corpus: Path
+
+    def edit(self, name: str, method: str, *changes: str, layers: str = "1-2") -> Ran:
+        return edit(
+            self.base,
+            self.facts,
+            self.folder / name,
+            self.folder / "cache",
+            *("--method", method, "--corpus", self.corpus, "--layers", layers),
+            *setting(*changes),
+        )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return save_tiny(tmp_path_factory.mktemp("methods") / "base")
+
+
+@pytest.fixture
+def house(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
+    without_plots(monkeypatch)
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(f"{TEXT * 8}\n\n" * 20)
+    facts = write_rows(tmp_path / "facts.jsonl")
+    return House(folder=tmp_path, base=base, facts=facts, corpus=corpus)
+
+
+@dataclass
+class Seen:
+    """What the solve was given, and which facts z was sought for, call by call."""
+
+    protected: list[Mapping[int, SecondMoment] | None] = field(default_factory=list)
+    sought: list[list[str]] = field(default_factory=list)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    seen, solve, targets = Seen(), workflows.editing.solve_layers, Worker.targets
+
+    def solving(*arguments: Any, **named: Any) -> Any:
+        seen.protected.append(named["protected"])
+        return solve(*arguments, **named)
+
+    def seeking(worker: Worker, requests: Sequence[Any], *rest: Any) -> Iterator[Any]:
+        seen.sought.append([request.request.subject for request in requests])
+        yield from targets(worker, requests, *rest)
+
+    monkeypatch.setattr(workflows.editing, "solve_layers", solving)
+    monkeypatch.setattr(Worker, "targets", seeking)
+    return seen
+
+
+NO_REPAIR = "repair.rounds=0"
+
+
+def test_without_protection_and_repair_it_is_memit(house: House, seen: Seen) -> None:
+    house.edit("plain", "memit")
+    ran = house.edit("bare", "memedit", "protect.prompts=0", NO_REPAIR)
+    assert (ran.result["method"], read_manifest(house.folder / "bare").method) == ("memedit",) * 2
+    assert seen.protected == [None, None]
+    assert shards(house.folder / "bare") == shards(house.folder / "plain")
+
+
+def test_protected_keys_move_less(house: House, seen: Seen) -> None:
+    changes = [house.edit("plain", "memit").result["metrics"]]
+    for weight in (3, 100):
+        ran = house.edit(f"of {weight}", "memedit", NO_REPAIR, f"protect.weight={weight}")
+        changes.append(ran.result["metrics"])
+    moment = seen.protected[1]
+    assert moment is not None and set(moment) == {1, 2}
+    # Position 0 of each prompt is not counted.
+    assert moment[1].tokens > 0 and moment[1].trace_0 == 0
+    drifts = [change["after"]["drift_kl"] for change in changes]
+    assert drifts[0] > drifts[1] > drifts[2]
+    settings = read_manifest(house.folder / "of 3").settings
+    assert settings["protect"]["weight"] == 3 and settings["protected_prompts"] > 10
+
+
+def test_what_was_counted_is_used_again(
+    house: House, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = house.edit("first", "memedit").result
+    tries = len(seen.sought)
+    monkeypatch.setattr(Worker, "count", None)
+    second = house.edit("second", "memedit").result
+    assert len(seen.sought) == tries
+    assert second["repairs"] == first["repairs"]
+    assert shards(house.folder / "second") == shards(house.folder / "first")
+
+
+def test_facts_that_are_not_said_are_sought_again_and_a_round_without_use_is_not_kept(
+    house: House, seen: Seen
+) -> None:
+    """On a model of noise no target of several tokens is ever said; see also the real model's."""
+    alone = house.edit("alone", "memedit", NO_REPAIR).result
+    assert "repairs" not in alone and len(seen.protected) == 1
+    ran = house.edit("repaired", "memedit", "repair.rounds=3", "repair.drift=1000")
+    (only,) = ran.result["repairs"]
+    assert (only["unsaid_before"], only["unsaid_after"], only["kept"]) == (3, 3, False)
+    assert only["drift_after"] > only["drift_before"] > 0
+    assert "not kept" in ran.stderr
+    # The second z of each fact is another one, and all are solved for once more.
+    assert [len(facts) for facts in seen.sought] == [3, 3]
+    assert len(seen.protected) == 3
+    assert shards(house.folder / "repaired") == shards(house.folder / "alone")
+    assert ran.result["metrics"] == alone["metrics"]
+
+
+def test_text_without_names_protects_nothing_and_says_so(house: House, seen: Seen) -> None:
+    house.corpus.write_text("nothing here has a name at all, and so it goes on. " * 200)
+    ran = house.edit("out", "memedit")
+    assert ran.code == 0, ran.stderr
+    assert set(seen.protected) == {None}
+    assert "no names were found" in ran.stderr
+
+
+def test_rome_of_one_fact_is_emmet_of_one_layer(house: House) -> None:
+    write_rows(house.facts, FACTS[:1])
+    rome = house.edit("rome", "rome", layers="2").result
+    assert rome["layers"] == [2]
+    assert house.edit("emmet", "emmet", layers="2").code == 0
+    assert shards(house.folder / "rome") == shards(house.folder / "emmet")
+
+
+def test_rome_edits_one_fact_after_another(house: House, seen: Seen) -> None:
+    ran = house.edit("rome", "rome", layers="2")
+    assert ran.code == 0, ran.stderr
+    assert [len(facts) for facts in seen.sought] == [1, 1, 1]
+    (name,) = read_manifest(house.folder / "rome").tensors
+    before, after = (Checkpoint.open(at).read(name) for at in (house.base, house.folder / "rome"))
+    assert torch.linalg.matrix_rank(after - before, rtol=1e-4) == 3
+    ran = house.edit("two layers", "rome")
+    assert ran.code == 2 and "rome edits one layer" in ran.error["message"]
+
+
+def test_fine_tuning_changes_one_weight(house: House) -> None:
+    result = house.edit("ft", "ft", "finetune.lr=0.01", layers="2").result
+    assert result["metrics"]["after"]["efficacy"] == 100
+    (name,) = read_manifest(house.folder / "ft").tensors
+    assert ".2." in name
+    assert memedit("verify", house.folder / "ft", "--json").result["ok"]
+    ran = house.edit("half", "ft", "dtype=bfloat16", layers="2")
+    assert ran.code == 2 and "float32" in ran.error["message"]
+
+
+def test_emmet_and_alphaedit(house: House) -> None:
+    plain = house.edit("plain", "memit", "solve.lam=1e-9").result["metrics"]["after"]
+    emmet = house.edit("emmet", "emmet").result["metrics"]["after"]
+    assert emmet["drift_kl"] == pytest.approx(plain["drift_kl"], rel=1e-3)
+    ran = house.edit("alphaedit", "alphaedit", "solve.null_threshold=1e-12")
+    assert ran.code == 1 and "raise solve.null_threshold" in ran.error["message"]
+    assert not (house.folder / "alphaedit").exists()
+    found = house.edit("alphaedit", "alphaedit", "solve.null_threshold=1").result
+    assert found["metrics"]["after"]["efficacy"] == 100
+    assert 0 < found["metrics"]["after"]["drift_kl"] < emmet["drift_kl"]
+    assert memedit("verify", house.folder / "alphaedit", "--json").result["ok"]

@@ -1,0 +1,306 @@
+"""`memedit compare`: each method edits the same base with the same facts, and is judged alike.
+
+Nothing is published but the comparison: a table of metrics, every judgement in Parquet, a page. A
+method that fails on some number of facts has a row that says why, and the others go on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.artifacts import Artifacts, open_artifacts
+from cluster.publication import open_publication
+from memedit.errors import InputError, NumericalError
+from memedit.executor import Executor
+from memedit.manifest import code_versions
+from memedit.outcome import Evaluation, FactResult, RepairRound
+from memedit.progress import Progress
+from memedit.requests import EditRequest
+from memedit.side_effects import DriftReference
+from memedit.solve import solve_device
+from memedit.stages import judge
+from memedit.writing import whole_file
+from workflows.editing import Edited, Editing
+from workflows.facts import FactTable, read_facts
+from workflows.findings import plural
+from workflows.moments import TokenSource, corpus_of, load_stats, moments_for
+from workflows.progress import Timed
+from workflows.protection import protection_for
+from workflows.session import (
+    Base,
+    contexts_of,
+    encode_fact,
+    encode_facts,
+    open_base,
+    open_workers,
+    settings_of,
+)
+from workflows.settings import CompareJob, new_run_id
+
+BASE = "base"
+COMPARISON_NAME = "comparison.json"
+JUDGEMENTS_NAME = "judgements.parquet"
+PAGE_NAME = "report.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """One method on one number of facts."""
+
+    method: str
+    edits: int
+    layers: tuple[int, ...] = ()
+    lam: float | None = None
+    evaluation: Evaluation | None = None
+    seconds: float = 0.0
+    """For z vectors and updates; z that an earlier method has found is not sought again."""
+    moved: float = 0.0
+    """The largest ‖ΔW‖ / ‖W‖ of its layers."""
+    repairs: tuple[RepairRound, ...] = ()
+    failed: str | None = None
+    """Why there is no evaluation."""
+
+    def summary(self) -> dict[str, Any]:
+        """Without the judgements of single facts."""
+        found = self.evaluation
+        return {
+            "method": self.method,
+            "edits": self.edits,
+            "layers": list(self.layers),
+            "lam": self.lam,
+            "metrics": None if found is None else dict(found.metrics),
+            "intervals": {} if found is None else {n: list(p) for n, p in found.intervals.items()},
+            "seconds": self.seconds,
+            "moved": self.moved,
+            "repairs": [asdict(each) for each in self.repairs],
+            "failed": self.failed,
+        }
+
+
+def run_compare(job: CompareJob, progress: Progress) -> Mapping[str, Any]:
+    """Run `memedit compare`; the folder appears whole or not at all.
+
+    Raises:
+        InputError: The input or the settings are wrong, or there are too few facts.
+    """
+    timed = Timed(progress)
+    run_id = job.run_id or new_run_id()
+    with open_publication(job.out, run_id=run_id, storage=job.storage_settings) as publication:
+        timed.start("load")
+        table = read_facts(job.facts, on_bad_row=job.on_bad_row)
+        base = open_base(job, timed)
+        for method in job.method_names:  # what is wrong with one is said before the others begin
+            settings_of(replace(job, method=method), base, 1, timed)
+        contexts = contexts_of(settings_of(job, base, 1, timed), base, None)
+        table, _ = encode_facts(table, base, contexts, on_bad_row=job.on_bad_row)
+        _need(table, job)
+        base.checkpoint.check_finite()
+        artifacts = open_artifacts(
+            job.artifacts, cache=job.cache_folder, storage=job.storage_settings
+        )
+        with open_workers(job, base.spec(), timed) as executor:
+            timed.finish("load")
+            comparison = _Comparison(
+                job=job,
+                base=base,
+                table=table,
+                executor=executor,
+                artifacts=artifacts,
+                progress=timed,
+            )
+            rows = list(comparison.rows())
+        result = {
+            "run_id": run_id,
+            "out": publication.location,
+            "model": base.name,
+            "facts": {"read": table.read, "accepted": len(table.requests)},
+            "rows": [row.summary() for row in rows],
+            "versions": code_versions(),
+            "timings_s": timed.timings_s,
+        }
+        _write_judgements(publication.staging / JUDGEMENTS_NAME, rows, table.batch.requests)
+        from workflows.comparison_page import write_comparison  # brings matplotlib
+
+        write_comparison(result, publication.staging / PAGE_NAME)
+        with whole_file(publication.staging / COMPARISON_NAME) as partial:
+            partial.write_text(json.dumps(result, indent=2) + "\n")
+        publication.appear()
+    return result
+
+
+def _need(table: FactTable, job: CompareJob) -> None:
+    if len(table.requests) < job.edit_counts[-1]:
+        raise InputError(
+            f"{job.edit_counts[-1]} of them are asked for, and {job.facts} holds "
+            f"{plural(len(table.requests), 'fact')} that can be edited",
+            field="edits",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Comparison:
+    job: CompareJob
+    base: Base
+    table: FactTable
+    executor: Executor
+    artifacts: Artifacts
+    progress: Timed
+
+    def rows(self) -> Iterator[Compared]:
+        """The base and every method, for each number of facts."""
+        for count in self.job.edit_counts:
+            # Canonical order is by digest: the first are as good as drawn.
+            requests = self.table.batch.requests[:count]
+            heldout = self._source("memit", count).heldout(self.executor, self.progress)
+            before, reference = self._judged(requests, heldout, None)
+            yield Compared(method=BASE, edits=count, evaluation=before)
+            for method in self.job.method_names:
+                self.progress.message(f"{method}, {plural(count, 'fact')}")
+                job = replace(self.job, method=method)
+                settings = settings_of(job, self.base, count, self.progress)
+                row = Compared(
+                    method=method, edits=count, layers=settings.layers, lam=settings.solve.lam
+                )
+                try:
+                    with self._editing(job, requests) as editing:
+                        began = time.perf_counter()
+                        edited = self._edited(editing, requests)
+                        row = replace(
+                            row,
+                            seconds=time.perf_counter() - began,
+                            repairs=edited.rounds,
+                            moved=self._moved(edited),
+                        )
+                        editing.install(edited)
+                        after, _ = self._judged(requests, heldout, reference)
+                        yield replace(row, evaluation=after)
+                except NumericalError as error:
+                    self.progress.message(f"{method}, {plural(count, 'fact')}: {error}")
+                    yield replace(row, failed=str(error))
+
+    def _source(self, method: Any, count: int) -> TokenSource:
+        settings = settings_of(replace(self.job, method=method), self.base, count, self.progress)
+        return TokenSource(
+            corpus=corpus_of(self.job),
+            base=self.base,
+            settings=settings.moments,
+            heldout_tokens=self.job.evaluation_settings.heldout_tokens,
+            artifacts=self.artifacts,
+        )
+
+    @contextmanager
+    def _editing(self, job: CompareJob, requests: Sequence[EditRequest]) -> Iterator[Editing]:
+        """A method that is ready to begin; the workers hold the base again afterwards."""
+        base, executor, progress = self.base, self.executor, self.progress
+        settings = settings_of(job, base, len(requests), progress)
+        source = self._source(job.method, len(requests))
+        if job.stats:
+            moments = load_stats(job.stats, base, settings, self.artifacts)
+        else:
+            moments = moments_for(
+                source,
+                base=base,
+                settings=settings,
+                executor=executor,
+                artifacts=self.artifacts,
+                progress=progress,
+            )
+        protection = None
+        if settings.method == "memedit":
+            protection = protection_for(
+                requests,
+                source,
+                base=base,
+                settings=settings,
+                executor=executor,
+                artifacts=self.artifacts,
+                progress=progress,
+            )
+        names = {i: base.arch.checkpoint_key(i, base.checkpoint.names) for i in settings.layers}
+        try:
+            yield Editing(
+                executor=executor,
+                base=base,
+                settings=settings,
+                contexts=contexts_of(settings, base, executor),
+                moments=moments,
+                protection=protection,
+                artifacts=self.artifacts,
+                stored={i: base.checkpoint.info(name).dtype for i, name in names.items()},
+                device=solve_device(job.device),
+                progress=progress,
+            )
+        finally:
+            executor.broadcast("load", base.spec())
+
+    def _edited(self, editing: Editing, requests: Sequence[EditRequest]) -> Edited:
+        encoded = [encode_fact(each, self.base, editing.contexts) for each in requests]
+        targets, quarantined = editing.targets(encoded)
+        if quarantined:
+            raise NumericalError(f"{plural(len(quarantined), 'fact')} cannot be optimised")
+        return editing.solve(encoded, targets)
+
+    def _moved(self, edited: Edited) -> float:
+        checkpoint, shares = self.base.checkpoint, [0.0]
+        for one in edited.solved:
+            name = self.base.arch.checkpoint_key(one.update.layer, checkpoint.names)
+            norm = float(checkpoint.read(name).double().norm())
+            shares.append(float(one.update.delta_OI.norm()) / norm)
+        return max(shares)
+
+    def _judged(
+        self,
+        requests: Sequence[EditRequest],
+        heldout: Sequence[Sequence[int]],
+        reference: DriftReference | None,
+    ) -> tuple[Evaluation, DriftReference]:
+        return judge(
+            self.executor,
+            requests,
+            heldout=heldout,
+            reference=reference,
+            settings=self.job.evaluation_settings,
+            progress=self.progress,
+        )
+
+
+def _write_judgements(
+    path: Path, rows: Sequence[Compared], requests: Sequence[EditRequest]
+) -> None:
+    """Every judgement of every fact, one a row; a relation is the facts' template."""
+    relations = {request.case_id: request.prompt for request in requests}
+    found = [
+        {
+            "method": row.method,
+            "edits": row.edits,
+            "relation": relations[fact.case_id],
+            **fact.to_dict(),
+        }
+        for row in rows
+        if row.evaluation is not None
+        for fact in row.evaluation.facts
+    ]
+    with whole_file(path) as partial:
+        pq.write_table(pa.Table.from_pylist(found, schema=_schema()), partial)
+
+
+def _schema() -> pa.Schema:
+    kinds = {
+        "str": pa.string(),
+        "bool": pa.bool_(),
+        "float": pa.float64(),
+        "tuple[bool, ...]": pa.list_(pa.bool_()),
+    }
+    fields = [("method", pa.string()), ("edits", pa.int64()), ("relation", pa.string())]
+    for name, kind in FactResult.__annotations__.items():
+        fields.append((name, kinds[kind.removesuffix(" | None")]))
+    return pa.schema(fields)

@@ -1,0 +1,112 @@
+"""The page of a comparison: score against the number of facts, and the metrics as a table.
+
+Knows the result of `memedit compare` as plain values; does not know how it was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from matplotlib.axes import Axes
+
+from memedit.writing import whole_file
+from workflows.findings import METRIC, METRICS, interval_text
+from workflows.plots import INK, MUTED, SERIES, themed_svg
+
+_MARKERS = "os^Dv<>P"
+
+
+def write_comparison(result: Mapping[str, Any], path: Path) -> None:
+    """Write the page of a comparison, whole or not at all."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("workflows", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    rows = result["rows"]
+    text = environment.get_template("comparison.html.j2").render(
+        result=result,
+        metrics=[
+            metric
+            for metric in METRICS
+            if any(row["metrics"] and row["metrics"].get(metric.key) is not None for row in rows)
+        ],
+        groups=[
+            [_cells(row) for row in rows if row["edits"] == edits]
+            for edits in dict.fromkeys(row["edits"] for row in rows)
+        ],
+        plots=[
+            (METRIC[key].label, METRIC[key].meaning, Markup(drawn))
+            for key in ("score", "efficacy_exact", "neighbourhood", "drift_kl")
+            if (drawn := curves_plot(rows, key))
+        ],
+    )
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    found = row["metrics"] or {}
+    shown = {
+        metric.key: (
+            metric.show(found.get(metric.key)),
+            interval_text(row["intervals"].get(metric.key)).replace("-", "\N{EN DASH}"),
+        )
+        for metric in METRICS
+    }
+    return {**row, "shown": shown}
+
+
+def curves_plot(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+    """A metric against the number of facts (log axis), one line a method, with 95% intervals."""
+    curves: dict[str, list[tuple[int, float, Sequence[float] | None]]] = {}
+    for row in rows:
+        value = (row["metrics"] or {}).get(key)
+        if value is not None:
+            point = (row["edits"], value, row["intervals"].get(key))
+            curves.setdefault(row["method"], []).append(point)
+    if not curves:
+        return ""
+
+    def draw(axes: Axes) -> None:
+        for place, (method, points) in enumerate(curves.items()):
+            base = method == "base"
+            colour = MUTED if base else SERIES[(place - 1) % len(SERIES)]
+            x = [edits for edits, _, _ in points]
+            axes.plot(
+                x,
+                [value for _, value, _ in points],
+                color=colour,
+                lw=1.4 if base else 2.0,
+                ls=(0, (4, 3)) if base else "-",
+                marker=_MARKERS[place % len(_MARKERS)],
+                ms=5,
+            )
+            bands = [(edits, pair) for edits, _, pair in points if pair is not None and not base]
+            for edits, (low, high) in bands:
+                axes.plot([edits, edits], [low, high], color=colour, lw=1.0, alpha=0.6)
+            axes.annotate(
+                method,
+                (x[-1], points[-1][1]),
+                (7, 0),
+                textcoords="offset points",
+                va="center",
+                color=INK,
+                fontsize=10.5,
+            )
+        axes.set_xscale("log")
+        counts = sorted({row["edits"] for row in rows})
+        axes.set_xticks(counts, [f"{count:,}" for count in counts])
+        axes.minorticks_off()
+        axes.set_xlim(counts[0] * 0.8, counts[-1] * 2.2)
+        axes.set_xlabel("facts edited at once")
+        axes.grid(axis="y")
+
+    return themed_svg(f"curve-{key}", draw, height=3.0, what=f"{METRIC[key].label} by facts")
