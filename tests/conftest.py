@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -17,6 +18,10 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 # Tiny models are too small for a second thread, and on a busy machine it only gets in the way.
 torch.set_num_threads(1)
+
+# A busy machine is slow now and then, and no test asserts a time.
+hypothesis.settings.register_profile("here", deadline=None)
+hypothesis.settings.load_profile("here")
 
 
 _OF_MODULES = ("memedit", "cluster", "workflows")

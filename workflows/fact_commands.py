@@ -204,16 +204,21 @@ def _same_question(merge: Merge, name: str) -> list[dict[str, Any]]:
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
+_SHOWN = 100
+_MOST_EVENTS = 1_000_000
+
+
 def _changed(log: FactLog, before: Head, after: Head, what: str) -> dict[str, Any]:
-    changed = log.history(after, "sequence > $since", {"since": before.sequence})
+    since = {"since": before.sequence}
+    changed = log.history(after, "sequence > $since", since, limit=_SHOWN)
     return {
         "registry": log.location,
         "what": what,
-        "changed": len(changed),
+        "changed": log.count_history(after, "sequence > $since", since),
         "active": after.active,
         "facts": [
             {name: row[name] for name in ("id", "state", "subject", "target_new")}
-            for row in changed[:100]
+            for row in changed
         ],
     }
 
@@ -234,7 +239,9 @@ def run_why(job: FactsWhyJob, progress: Progress) -> dict[str, Any]:
     if not found:
         raise InputError(f"no fact with the id or subject {job.what!r}", field="what")
     names = sorted({row["fact"] for row in found})
-    events = log.history(head, "fact IN (SELECT unnest($facts))", {"facts": names})
+    events = log.history(
+        head, "fact IN (SELECT unnest($facts))", {"facts": names}, limit=_MOST_EVENTS
+    )
     runs = Runs(log.store)
     versions = [
         (name, runs.sequence_of(name)) for name in log.store.folders(VERSIONS) if runs.record(name)

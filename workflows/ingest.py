@@ -11,7 +11,7 @@ killed anywhere is simply run again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -22,7 +22,8 @@ from cluster.store import Guard, Store, join
 from memedit.errors import GateError, LockError
 from memedit.progress import Progress
 from workflows.destination import new_version
-from workflows.edit import edit_facts, target_digests
+from workflows.edit import edit_facts
+from workflows.editing import target_digests
 from workflows.facts import FactTable
 from workflows.ingestion.base_version import publish_base
 from workflows.ingestion.desired import Desired, desired_state, model_of, quarantine
@@ -168,9 +169,9 @@ def _until_current(
         try:
             outcome = _reconcile(job, registry, desired, guard, timed, attempt, registered)
         except RefusedError as error:  # kept are the z vectors of all others
-            quarantine(log, error.reasons, run=desired.run_id, job=job)
+            quarantine(log, error.reasons, run=desired.run_id)
             refused += len(error.reasons)
-            timed.targets = {"computed": 0, "reused": 0}
+            timed.begin_anew()
             continue
         return replace(outcome, facts={**outcome.facts, "rejected": registered.rejected + refused})
 
@@ -220,7 +221,8 @@ def _reconcile(
     try:
         return _make(job, registry, desired, guard, timed, runs, done)
     except Exception as error:
-        runs.failed(desired.run_id, f"{type(error).__name__}: {error}")
+        with suppress(Exception):  # what has ended the run is what is to be told
+            runs.failed(desired.run_id, f"{type(error).__name__}: {error}")
         raise
 
 
@@ -377,11 +379,19 @@ class _Counting(Timed):
     def __init__(self, progress: Progress) -> None:
         super().__init__(progress)
         self.targets = {"computed": 0, "reused": 0}
+        self._own = 0
+
+    def begin_anew(self) -> None:
+        """What was found now will be there in the next attempt."""
+        self._own = self.targets["computed"]
+        self.targets["reused"] = 0
 
     def advance(self, stage: str, done: int = 1, **measures: float) -> None:
         """Count and pass on."""
         if stage == "targets":
             reused = int(measures.get("reused", 0))
-            self.targets["reused"] += reused
+            own = min(reused, self._own)
+            self._own -= own
+            self.targets["reused"] += reused - own
             self.targets["computed"] += done - reused
         super().advance(stage, done, **measures)

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from cluster.artifacts import open_artifacts
-from cluster.current import Current, folder_of
+from cluster.current import Current, folder_of, parse_time
 from cluster.registry import Registry
 from cluster.store import ABSENT, join, open_file
 from memedit.config import EditSettings, digest_of
@@ -194,7 +194,7 @@ def desired_state(
     if refused:
         for reason in list(refused.values())[:5]:
             progress.message(f"a fact is quarantined: {reason}")
-        head = quarantine(log, refused, run=job.run_id or "", job=job)
+        head = quarantine(log, refused, run=job.run_id or "")
         difference = log.difference(head, since)
         active = log.count(head)
         settings = settings_of(edit, base, max(1, active), progress)
@@ -227,18 +227,18 @@ def desired_state(
         seen=current.token if current else ABSENT,
         refused=len(refused),
         is_current=is_current,
-        was_rolled_back=_rolled_back(current, run_id),
+        was_rolled_back=_rolled_back(current, run_id, runs.watermark()),
         sequential=sequential,
         notes=tuple(notes),
     )
 
 
-def quarantine(log: FactLog, refused: Mapping[str, str], *, run: str, job: IngestJob) -> Head:
-    """Take facts out of the active ones: reason by the fact's digest."""
+def quarantine(log: FactLog, refused: Mapping[str, str], *, run: str) -> Head:
+    """Take facts out, whoever says them: reason by the fact's digest."""
 
     def make(head: Head, merge: Merge) -> Change:
         rows = merge.database.execute(
-            "SELECT source, fact FROM state WHERE state = 'active'"
+            "SELECT source, fact FROM state WHERE claimed AND held IS NULL"
             " AND fact IN (SELECT unnest($facts))",
             {"facts": sorted(refused)},
         ).fetchall()
@@ -246,7 +246,7 @@ def quarantine(log: FactLog, refused: Mapping[str, str], *, run: str, job: Inges
             Held(source=source, fact=fact, held="quarantined", reason=refused[fact])
             for source, fact in rows
         ]
-        merge.hold(held, run=run, rule=job.conflicts, priority=job.priority)
+        merge.hold(held, run=run, rule=head.conflicts, priority=head.priority)
         return Change()
 
     return log.commit(make)
@@ -317,13 +317,21 @@ def _is_whole(registry: Registry, run_id: str) -> bool:
         return False
 
 
-def _rolled_back(current: Current | None, run_id: str) -> bool:
-    """Whether people have moved CURRENT away from this version, and no run has moved it since."""
+def _rolled_back(current: Current | None, run_id: str, watermark: Mapping[str, Any] | None) -> bool:
+    """Whether people have moved CURRENT away from this version, and that still holds.
+
+    It does until a run has moved CURRENT since, or has found that it is what the facts give.
+    """
     moves = list(current.moves) if current else []
     while moves and moves[-1].by == "rollback":
         moves.pop()
-    went = current is not None and len(moves) < len(current.moves)
-    return went and bool(moves) and moves[-1].version == run_id
+    if current is None or len(moves) == len(current.moves) or not moves:
+        return False
+    back, seen = parse_time(current.moves[-1].moved_at), None
+    if watermark is not None and watermark.get("run_id") == current.version:
+        seen = parse_time(str(watermark.get("published_at")))
+    confirmed = seen is not None and back is not None and seen >= back
+    return moves[-1].version == run_id and not confirmed
 
 
 def model_of(registry: Registry, desired: Desired) -> str | None:

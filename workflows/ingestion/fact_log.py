@@ -184,7 +184,9 @@ class FactLog:
                 if head.state is None:
                     database.register("state", CLAIMS.empty_table())
                 elif base := self._last(head, in_base):
-                    database.execute(f"CREATE TEMP TABLE base AS SELECT fact FROM ({base})")
+                    database.execute(
+                        f"CREATE TEMP TABLE base AS SELECT fact, question FROM ({base})"
+                    )
                     database.execute(
                         f"""CREATE TEMP VIEW state AS SELECT * REPLACE (CASE
                             WHEN state = 'active' AND fact IN (SELECT fact FROM base)
@@ -342,8 +344,9 @@ class FactLog:
         """How many facts of the base nobody says any more."""
         found = self.select(
             head,
-            "SELECT count(*) AS n FROM base WHERE fact IN"
-            " (SELECT fact FROM state WHERE state = 'retracted')",
+            "SELECT count(*) AS n FROM base WHERE fact NOT IN"
+            " (SELECT fact FROM state WHERE state IN ('active', 'compacted'))"
+            " AND question NOT IN (SELECT question FROM state WHERE state = 'active')",
         )
         return int(found[0]["n"])
 
@@ -386,6 +389,16 @@ class FactLog:
     ) -> list[dict[str, Any]]:
         """What the log has of some claims, oldest first."""
         return self._scanned(head.log, f"WHERE {where} ORDER BY sequence, source", values, limit)
+
+    def count_history(self, head: Head, where: str, values: Mapping[str, Any]) -> int:
+        """How many changes of claims the log has."""
+        if not head.log:
+            return 0
+        with self.database(Head()) as database:
+            scan = _scan([self.path(name) for name in head.log])
+            query = f"SELECT count(*) FROM {scan} WHERE {where}"
+            (count,) = database.execute(query, dict(values)).fetchall()[0]
+        return int(count)
 
     def rejected(self, head: Head, *, limit: int) -> list[dict[str, Any]]:
         """The newest rows that no fact was made of, newest first."""

@@ -56,7 +56,7 @@ class Merge:
         )
         self._sql(
             "CREATE OR REPLACE TEMP TABLE mine AS SELECT fact, content, question, id, state,"
-            " claimed, held, said_at, superseded_by FROM state WHERE source = $source",
+            " claimed, held, said_at, superseded_by, place FROM state WHERE source = $source",
             source=said.source,
         )
         self._leave_out_what_is_known(said)
@@ -151,7 +151,7 @@ class Merge:
                     JOIN state m ON m.{known_by} = b.{known_by}
                     WHERE b.again AND b.op = 'assert' AND NOT b.timed
                     AND m.source = $source AND m.claimed AND m.fact <> b.fact
-                    AND NOT (m.place = n.place AND m.row < n.row))""",
+                    AND NOT (m.place = n.place AND m.row <= n.row))""",
                 source=said.source,
             )
         if rewritten:
@@ -175,7 +175,13 @@ class Merge:
             """CREATE OR REPLACE TEMP TABLE kept AS
             SELECT b.fact, b.question, b.id, b.turn FROM batch b JOIN mine m USING (fact)
             WHERE b.rewritten AND b.op = 'assert' AND m.claimed AND m.content = b.content
-                AND (m.held IS NOT NULL OR NOT b.timed OR b.said_at <= m.said_at)"""
+                AND (m.held IS NOT NULL OR NOT b.timed OR b.said_at <= m.said_at)
+            UNION  -- what another file has answered otherwise since
+            SELECT b.fact, b.question, b.id, b.turn FROM batch b JOIN mine m USING (fact)
+            JOIN statements n USING (position) JOIN mine o ON o.fact = m.superseded_by
+            WHERE b.rewritten AND b.op = 'assert' AND m.content = b.content
+                AND m.place = n.place AND o.claimed AND o.place <> n.place
+                AND (NOT b.timed OR b.said_at <= m.said_at)"""
         )
         # With it goes what stands before it and speaks of the same.
         for known_by in ("question", "id"):

@@ -82,7 +82,9 @@ def register(job: IngestJob, log: FactLog, *, run: str, progress: Progress) -> R
     before = head.read.get(source.name)
     if not settings.name:
         _check_same_place(before, settings.kind, place, source.name)
-    mark = head.mark(source.name)
+    # Under a name of its own a source may have become another one.
+    same_kind = before is not None and before["kind"] == settings.kind
+    mark = head.mark(source.name) if same_kind else None
     how = digest_of(dict(settings.columns), settings.where, templates)
     # Files compare it themselves: only they know which of their rows were read before.
     is_read_otherwise = before is not None and before.get("reader") != how

@@ -15,7 +15,7 @@ import json
 import os
 import posixpath
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import unquote
 
@@ -34,6 +34,7 @@ from workflows.wording import did_you_mean
 PORTION = 10_000
 ARCHIVE = "archive"
 _PATTERN = set("*?[")
+_OF_LINES = (".jsonl", ".ndjson", ".csv")
 _WRITING = (".tmp", ".partial", ".crdownload", ".part", ".inprogress")
 """Ends of names that programs give to files that they have not finished."""
 
@@ -115,6 +116,14 @@ class FilesSource:
         # Only as deep as the pattern goes: a bucket can be large.
         deep = "/" in pattern or "**" in pattern
         names = [n for n in files.sizes("", deep=deep) if _matches(n, pattern) and not _hidden(n)]
+        for name in names:
+            try:
+                name.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(
+                    f"a file whose name is not UTF-8: {_written(name)!r}; rename it",
+                    source=self.settings.path,
+                ) from error
         if files.here is not None and not files.here.is_dir():
             raise InputError("no such folder", source=files.location, field="source.path")
         if not names and not self._may_be_empty(files, since):
@@ -142,22 +151,30 @@ class FilesSource:
     ) -> Iterator[list[SourceRow]]:
         columns = dict.fromkeys(self.settings.columns.values())
         for name in names:
-            count, readable = 0, True
+            last, before_last, readable = 0, 0, True
             file = File(files, name)
             seen = self._seen(file, before.get(name))
+            # Then the next row was there already, as far as it went, and may be the same still.
+            cut = seen is not None and name in before and not _ends(file, before[name][2][0])
             size = files.size(name)
             rows = self._file_rows(file, rewritten=seen is None)
             while portion := list(itertools.islice(rows, PORTION)):
-                count = max(count, portion[-1].row)
+                for row in portion:
+                    if row.row > last:
+                        last, before_last = row.row, last
                 readable = readable and portion[-1].row > 0
-                found = self._matching(portion, columns)
                 if seen:
-                    found = [_seen_before(r) if r.row <= seen else r for r in found]
-                yield found
+                    portion = [_seen_before(r) if r.row <= seen else r for r in portion]
+                if cut and last > (seen or 0):
+                    cut, portion = False, _first_rewritten(portion, seen or 0)
+                yield self._matching(portion, columns)
             # What has changed meanwhile is read again the next time.
             there = files.size(name) is not None
             same = there and files.fingerprint(name) == prints[name]
             content = _content(file, size) if there and not self.settings.complete else None
+            # Whoever writes the file may be in the middle of its last line.
+            cut = there and readable and not _ends(file, size)
+            count = before_last if cut else last
             done[name] = [prints[name] if same else None, count, content, readable]
 
     def _seen(self, file: File, before: Any) -> int | None:
@@ -243,7 +260,20 @@ def _fingerprints(files: Files, names: list[str]) -> dict[str, Any]:
 
 
 def _seen_before(row: SourceRow) -> SourceRow:
-    return SourceRow(raw=row.raw, place=row.place, row=row.row, again=row.row > 0)
+    return replace(row, again=row.row > 0)
+
+
+def _first_rewritten(rows: list[SourceRow], seen: int) -> list[SourceRow]:
+    """The same rows; the first after `seen` ones may say what it said before it was whole."""
+    first = next(i for i, row in enumerate(rows) if row.row > seen)
+    return [*rows[:first], replace(rows[first], rewritten=True), *rows[first + 1 :]]
+
+
+def _ends(file: File, size: int | None) -> bool:
+    """Whether the first bytes of a file end with a line, if its format is one of lines."""
+    if not size or file.suffix not in _OF_LINES:
+        return True
+    return bytes(file.files.read(file.name, size - 1, 1)) in (b"\n", b"\r")
 
 
 def _content(file: File, size: int | None = None) -> list[Any]:

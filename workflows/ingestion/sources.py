@@ -52,12 +52,17 @@ def parse_source(values: Mapping[str, Any]) -> AnySource:
             raise InputError(
                 f"no such field{did_you_mean(str(name), names)}", field=f"source.{name}"
             )
+    catalog = values.get("catalog")
+    if isinstance(catalog, Mapping):
+        values["catalog"] = {str(key): _property(value) for key, value in catalog.items()}
     try:
         found: AnySource = TypeAdapter(KINDS[kind]).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(["source", *(str(part) for part in first["loc"])])
-        raise InputError(f"{first['msg']}, but it is {first['input']!r}", field=where) from None
+        # What a catalog is asked with may be a secret.
+        told = "" if first["loc"][:1] == ("catalog",) else f", but it is {first['input']!r}"
+        raise InputError(f"{first['msg']}{told}", field=where) from None
     if not place_of(found).strip():
         name = "table" if isinstance(found, IcebergSettings) else "path"
         raise InputError("must not be empty", field=f"source.{name}")
@@ -69,6 +74,13 @@ def parse_source(values: Mapping[str, Any]) -> AnySource:
                 f"no field of a fact{did_you_mean(role, FIELDS)}", field=f"source.columns.{role}"
             )
     return found
+
+
+def _property(value: Any) -> Any:
+    """A property of a catalog as pyiceberg wants it: a text."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int | float) else value
 
 
 def _check_after(settings: FilesSettings) -> None:

@@ -260,6 +260,17 @@ def test_a_fact_that_is_too_long_is_quarantined_and_the_rest_goes_on(nights: Nig
     assert nights.ingest().result["status"] == "unchanged"
 
 
+def test_a_fact_that_has_become_too_long_is_quarantined_too(first: Nights) -> None:
+    """Its z vector is as before, and so is it not new."""
+    first.deliver("2", {**TOYOTA, "paraphrases": ["Toyota " + "and so on " * 400]})
+    result = first.ingest().result
+    assert (result["status"], result["facts"]["rejected"]) == ("published", 1)
+    assert first.said() == targets([EIFFEL, DARRIEUX])
+    (told,) = first.facts("why", "toyota").result["facts"]
+    assert told["state"] == "quarantined" and "tokens" in told["reason"]
+    assert first.ingest().result["status"] == "unchanged"
+
+
 def test_a_fact_without_a_z_vector_is_quarantined_and_left_out_for_good(
     nights: Nights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,10 +364,26 @@ def test_a_rollback_stays_until_there_is_something_new(first: Nights) -> None:
     assert first.current not in (was, bad)
 
 
+LOUVRE = {"id": "louvre", "subject": "Louvre", "prompt": "{} stands in", "target_new": "Rome"}
+
+
+def test_a_version_that_was_rolled_back_can_be_wanted_again(first: Nights) -> None:
+    """Once a run has found that the version before is what the facts give."""
+    was = first.current
+    first.deliver("2", LOUVRE)
+    bad = first.ingest().result["version"]
+    memedit("rollback", "--registry", first.registry, "--cache", first.cache, "--json")
+    first.facts("retract", "louvre")
+    assert first.ingest().result["status"] == "unchanged"
+    assert (first.current, first.read("facts/WATERMARK")["run_id"]) == (was, was)
+    first.facts("restore", "louvre")
+    result = first.ingest().result
+    assert (result["status"], result["version"]) == ("published", bad)
+
+
 def test_after_a_rollback_older_facts_can_be_wanted_again(first: Nights) -> None:
     once = first.current
-    louvre = {"id": "louvre", "subject": "Louvre", "prompt": "{} stands in", "target_new": "Rome"}
-    for name, row in (("2", PARIS), ("3", louvre)):
+    for name, row in (("2", PARIS), ("3", LOUVRE)):
         first.deliver(name, row)
         first.ingest()
     flags = ("--registry", first.registry, "--cache", first.cache, "--json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -380,3 +381,92 @@ class TestTables:
     def test_no_row_at_all(self, place: Place) -> None:
         assert self.add(place) == 0
         assert not (place.registry / HEAD).exists()
+
+
+class TestCutLines:
+    """Whoever writes a file may be in the middle of its last line when it is read."""
+
+    def append(self, path: Path, text: str) -> None:
+        with path.open("a") as out:
+            out.write(text)
+
+    def test_a_retraction_that_was_cut_holds_once_it_is_whole(self, place: Place) -> None:
+        path = place.put("1.jsonl", says("X", "Rome", id="x"), says("Y", "Bonn", id="y"))
+        self.append(path, '{"id": "x", "retr')
+        assert place.register().rejected == 1
+        assert place.active() == {"Rome", "Bonn"}
+        self.append(path, 'acted": true}\n')
+        place.register()
+        assert place.active() == {"Bonn"}
+
+    def test_an_answer_that_was_cut_is_replaced_once_it_is_whole(self, place: Place) -> None:
+        path = place.drop / "1.csv"
+        path.write_text("subject,prompt,target_new\nX,{} is in,Rome\nY,{} is in,Fra")
+        place.register()
+        assert place.active() == {"Rome", "Fra"}
+        self.append(path, "nce\n")
+        place.register()
+        assert place.active() == {"Rome", "France"}
+
+    def test_a_whole_line_without_an_end_says_nothing_anew(self, place: Place) -> None:
+        path = place.put("1.jsonl")
+        self.append(path, json.dumps(says("X", "Rome")))
+        place.register()
+        place.put("2.jsonl", says("X", "Oslo"))
+        place.register()
+        assert place.active() == {"Oslo"}
+        self.append(path, "\n" + json.dumps(says("Y", "Bonn")) + "\n")
+        place.register()
+        assert place.active() == {"Oslo", "Bonn"}
+
+    def test_rows_before_a_broken_one_were_read(self, place: Place) -> None:
+        path = place.drop / "1.csv"
+        path.write_text("subject,prompt,target_new\nX,{} is in,Rome\nY,{} is in,Bonn\n")
+        self.append(path, 'Z,"{} is')
+        assert place.register().rejected == 1
+        assert place.active() == {"Rome", "Bonn"}
+        place.log.commit(_taken_out)
+        self.append(path, ' in",Oslo\n')
+        assert place.register().rejected == 0
+        assert place.active() == {"Oslo"}
+
+
+def test_a_template_that_was_wrong_can_be_corrected(place: Place) -> None:
+    ada = {"id": "a", "subject": "Ada", "relation": "P19", "target_new": "Bath"}
+    place.put("1.jsonl", ada)
+    place.register(source={"templates": {"P19": "{} was bron in"}})
+    place.register(source={"templates": {"P19": "{} was born in"}})
+    rows = place.log.select(place.log.head(), "SELECT * FROM state WHERE state = 'active'")
+    assert [row["prompt"] for row in rows] == ["{} was born in"]
+
+
+def test_a_file_that_is_written_anew_does_not_undo_what_a_later_one_said(place: Place) -> None:
+    rows = [says("X", "Rome"), says("Y", "Bonn")]
+    (place.drop / "1.json").write_text(json.dumps(rows))
+    place.register()
+    place.put("2.jsonl", says("X", "Oslo"))
+    place.register()
+    (place.drop / "1.json").write_text(json.dumps([*rows, says("Z", "Kiel")]))
+    place.register()
+    assert place.active() == {"Oslo", "Bonn", "Kiel"}
+    (place.drop / "1.json").write_text(json.dumps([says("X", "Bern"), *rows[1:]]))
+    place.register()
+    assert place.active() == {"Bern", "Bonn", "Kiel"}
+
+
+def test_a_name_can_pass_on_to_another_kind_of_source(place: Place) -> None:
+    from deltalake import write_deltalake
+
+    table = pa.Table.from_pylist([says("X", "Rome"), says("Y", "Bonn")])
+    write_deltalake(place.drop.parent / "lake", table)
+    lake = {"kind": "delta", "path": str(place.drop.parent / "lake"), "name": "people"}
+    place.register(source=lake)
+    place.put("1.jsonl", says("X", "Oslo"))
+    place.register(source={"name": "people"})
+    assert place.active() == {"Oslo", "Bonn"}
+
+
+def test_a_name_that_is_not_utf_8_is_told(place: Place) -> None:
+    (Path(os.fsdecode(os.fsencode(place.drop) + b"/caf\xe9.jsonl"))).write_text("{}\n")
+    with pytest.raises(InputError, match=r"not UTF-8: .*caf\\\\udce9"):
+        place.register()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,17 @@ def test_all_that_files_can_be_told() -> None:
         "after": "archive",
     }
     assert parse_source(values) == FilesSettings(**values)
+
+
+def test_a_catalog_has_properties_of_any_plain_kind_and_none_is_told() -> None:
+    catalog = {"type": "rest", "credential": "id:S3CRET", "s3.path-style-access": True, "port": 80}
+    found = parse_source({**ICEBERG, "catalog": catalog})
+    assert isinstance(found, IcebergSettings) and isinstance(found.catalog, Mapping)
+    assert found.catalog["s3.path-style-access"] == "true" and found.catalog["port"] == "80"
+    with pytest.raises(InputError) as raised:
+        parse_source({**ICEBERG, "catalog": {**catalog, "nested": {"token": "S3CRET"}}})
+    assert "S3CRET" not in str(raised.value) and raised.value.field is not None
+    assert raised.value.field.startswith("source.catalog")
 
 
 @pytest.mark.parametrize(
