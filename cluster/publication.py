@@ -32,7 +32,7 @@ from memedit.publication import Publication as LocalPublication
 LOCK_NAME = ".memedit.publication.lock"
 """Says that a publication began here while nothing else was here; so no other lock has its name."""
 _NOTES = {LOCK_NAME, UNFINISHED_NAME}
-_ENDS = {MANIFEST_NAME, "stats.json"}
+_ENDS = {MANIFEST_NAME, "stats.json", "results.json"}
 """What is written last; a place that has one of them is finished."""
 
 

@@ -31,12 +31,13 @@ def fine_tune(
     *,
     layer: int,
     settings: FineTuneSettings,
-) -> Update:
+) -> Iterator[Update | None]:
     """Minimise mean −log P(target | prompt) over the bare prompts by Adam on one weight.
 
     As the reference does (`baselines/ft`): each step goes through all facts in batches, a batch
     whose loss is below the threshold makes no update, and it ends once their mean is below it. The
-    decay pulls towards zero, not towards the base.
+    decay pulls towards zero, not towards the base. Yields None after each step, as a sign of life,
+    and the update at the end.
 
     Args:
         model: In evaluation mode, float32; its weights are the same afterwards.
@@ -72,13 +73,14 @@ def fine_tune(
                         optimiser.zero_grad()
                         loss.backward()
                         optimiser.step()
+                yield None
                 if total / len(facts) < settings.loss_threshold:
                     break
         delta_OI = arch.oriented(weight.detach().double() - before.double())
     finally:
         weight.grad = None
         weight.data.copy_(before)
-    return Update(layer=layer, left_NO=delta_OI.T.contiguous().cpu(), right_NI=None)
+    yield Update(layer=layer, left_NO=delta_OI.T.contiguous().cpu(), right_NI=None)
 
 
 def _loss(model: PreTrainedModel, arch: Architecture, requests: Sequence[EncodedRequest]) -> Tensor:

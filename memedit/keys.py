@@ -25,6 +25,11 @@ def default_tokens_per_chunk(device: torch.device) -> int:
     return 1024 if device.type == "cpu" else 16384
 
 
+def case_ids_of(requests: Sequence[EncodedRequest]) -> tuple[str, ...]:
+    """Which facts these are."""
+    return tuple(request.request.case_id for request in requests)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Keys:
     """Keys and current values at one layer, one fact a row, float32 on the CPU.
@@ -66,6 +71,7 @@ class KeyPass:
         self.model, self.arch, self.last_layer = model, arch, last_layer
         self.device = device_of(model)
         self.tokens_per_chunk = tokens_per_chunk or default_tokens_per_chunk(self.device)
+        self.case_ids = case_ids_of(requests)
         self.edits, self.contexts = len(requests), len(requests[0].contexts)
         # Only what is up to the subject matters to a causal model. Bare prompts are apart: h^L is
         # read on them alone.

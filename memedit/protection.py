@@ -58,7 +58,7 @@ def protecting_prompts(
     # What is protected by name comes first; what is measured stays free of it if it can.
     prompts = [prompt for prompt in dict.fromkeys((*given, *made)) if prompt not in edited]
     prompts = prompts[:wanted]
-    kept = len(prompts) * settings.prompts // max(1, wanted)
+    kept = -(-len(prompts) * settings.prompts // max(1, wanted))
     return ProtectingPrompts(protected=tuple(prompts[:kept]), heldout=tuple(prompts[kept:]))
 
 
@@ -86,8 +86,8 @@ def names_in(texts: Iterable[str], *, most: int = _MOST_NAMES) -> list[str]:
     give none.
     """
     names: dict[str, None] = {}
-    for text in texts:
-        for name in _names(text):
+    for line in (line for text in texts for line in text.splitlines()):
+        for name in _names(line):
             names.setdefault(name)
             if len(names) >= most:
                 return list(names)
@@ -113,7 +113,8 @@ def _names(text: str) -> Iterable[str]:
         if raw[-1] in _AROUND or raw[-1] in _ENDS:
             yield from _name(run)
             run = []
-        begins = raw.rstrip(_AROUND)[-1:] in _ENDS
+        if raw.strip(_AROUND):  # marks alone neither begin nor end a sentence
+            begins = raw.rstrip(_AROUND)[-1] in _ENDS
     yield from _name(run)
 
 

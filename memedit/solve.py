@@ -82,7 +82,7 @@ class MomentFactor:
     """
 
     def __init__(self, moment_II: Tensor, *, ridge: float = 0.0, layer: int) -> None:
-        self.moment_II = moment_II.double()
+        self.moment_II, self.ridge = moment_II.double(), ridge
         if ridge:
             self.moment_II = self.moment_II.clone()
             self.moment_II.diagonal().add_(ridge * self.moment_II.diagonal().mean())
@@ -164,18 +164,35 @@ def solve_from_sums(problem: SummedProblem) -> Update:
     return Update(layer=problem.layer, left_NO=delta_IO, right_NI=None)
 
 
+_LEAST_PIVOT = 1e-10
+"""Of a key that is this near to the others, relative to its own size, nothing is left."""
+
+
 def solve_emmet(problem: LayerProblem) -> Update:
     """Δ = Rᵀ (K C⁻¹ Kᵀ)⁻¹ K C⁻¹ (EMMET, arXiv 2403.14236): every edit holds exactly.
 
     With one edit it is ROME's update (arXiv 2202.05262). Of all Δ with Δ kᵢ = rᵢ it is the one
-    with the least Δ C Δᵀ, and MEMIT's limit for λ → 0.
+    with the least Δ C Δᵀ, and MEMIT's limit for λ → 0. A ridge is added to K C⁻¹ Kᵀ, too, as a
+    fraction of its mean diagonal; then no edit holds exactly.
 
     Raises:
-        NumericalError: The keys depend on each other, as more of them than I always do.
+        NumericalError: The keys depend on each other: two facts have the same subject, or there are
+            more than I.
     """
     Y_NI = problem.moment.solve(problem.keys_NI)
     G_NN = Y_NI @ problem.keys_NI.T
-    right_NI = torch.cholesky_solve(Y_NI, _cholesky((G_NN + G_NN.T) / 2, problem.layer))
+    G_NN = (G_NN + G_NN.T) / 2
+    G_NN.diagonal().add_(problem.moment.ridge * G_NN.diagonal().mean())
+    factor_NN, info = torch.linalg.cholesky_ex(G_NN)
+    # Of equal keys rounding may leave a tiny pivot, and with it an enormous update.
+    left_N = factor_NN.diagonal() ** 2 / G_NN.diagonal()
+    if int(info) != 0 or not bool((left_N > _LEAST_PIVOT).all()):
+        raise NumericalError(
+            f"not every fact can hold exactly at layer {problem.layer}: keys of some are the same, "
+            "as those of facts about one subject, or there are more facts than inputs; set "
+            "solve.ridge (1e-3, say), or take memit"
+        )
+    right_NI = torch.cholesky_solve(Y_NI, factor_NN)
     return Update(layer=problem.layer, left_NO=problem.residuals_NO, right_NI=right_NI)
 
 

@@ -45,8 +45,8 @@ FACTS_PER_SCORE_UNIT = 64
 
 
 def once(executor: Executor, method: str, *arguments: Any) -> Any:
-    """The single item of one call on any worker."""
-    ((_, item),) = executor.map(method, [arguments])
+    """The last item of one call on any worker."""
+    *_, (_, item) = executor.map(method, [arguments])
     return item
 
 
@@ -197,7 +197,9 @@ def solve_layers(
         summary, matrices = moment.summary, [moment.value_II]
         del moment  # its sum is as large as its value
         if protected is not None:
-            matrices[0].add_(protected[layer].value_II, alpha=protect_weight)
+            also = protected[layer]
+            matrices[0].add_(also.sum_II, alpha=protect_weight / also.tokens)
+            del also
         keys: _Factors | _Sums
         n, inputs = len(requests), len(matrices[0])
         cheaper = factors_are_cheaper(n, inputs, z_NO.shape[1])

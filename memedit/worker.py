@@ -21,7 +21,7 @@ from memedit.evaluate import SideEffect, measure_side_effects, score_facts
 from memedit.files import Files
 from memedit.finetune import fine_tune
 from memedit.generate import greedy_continuations
-from memedit.keys import KeyPass, Keys, default_tokens_per_chunk
+from memedit.keys import KeyPass, Keys, case_ids_of, default_tokens_per_chunk
 from memedit.memory import release_memory, trim_memory
 from memedit.model import LoadedModel, ModelSpec, load_model
 from memedit.moments import MomentAccumulator, Spread
@@ -163,10 +163,10 @@ class Worker:
 
     def fine_tune(
         self, requests: Sequence[EncodedRequest], layer: int, settings: FineTuneSettings
-    ) -> Iterator[Update]:
-        """The update of one layer by fine-tuning; the model itself stays as it is."""
+    ) -> Iterator[Update | None]:
+        """The update of one layer by fine-tuning, at the end; the model itself stays as it is."""
         model, arch = self.loaded.model, self.loaded.arch
-        yield fine_tune(model, arch, requests, layer=layer, settings=settings)
+        yield from fine_tune(model, arch, requests, layer=layer, settings=settings)
         trim_memory()
 
     def keys(
@@ -208,7 +208,9 @@ class Worker:
         model, arch = self.loaded.model, self.loaded.arch
         budget = default_tokens_per_chunk(model.device)
         while True:
-            if unit not in self._passes or self._passes[unit].entry > layer:
+            known = self._passes.get(unit)
+            # A unit has the same facts all through a solve; the next solve may have others.
+            if known is None or known.entry > layer or known.case_ids != case_ids_of(requests):
                 self._passes[unit] = KeyPass(
                     model,
                     arch,

@@ -16,10 +16,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from cluster.artifacts import Artifacts, open_artifacts
 from cluster.publication import open_publication
-from memedit.errors import InputError, NumericalError
+from memedit.config import ONE_LAYER, MethodName
+from memedit.errors import InputError, MemeditError, NumericalError
 from memedit.executor import Executor
 from memedit.manifest import code_versions
 from memedit.outcome import Evaluation, FactResult, RepairRound
@@ -47,9 +49,10 @@ from workflows.session import (
 from workflows.settings import CompareJob, new_run_id
 
 BASE = "base"
-COMPARISON_NAME = "comparison.json"
+RESULTS_NAME = "results.json"
+"""The last by name, so written last: a place that has it is finished."""
 JUDGEMENTS_NAME = "judgements.parquet"
-PAGE_NAME = "report.html"
+PAGE_NAME = "page.html"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +101,12 @@ def run_compare(job: CompareJob, progress: Progress) -> Mapping[str, Any]:
         timed.start("load")
         table = read_facts(job.facts, on_bad_row=job.on_bad_row)
         base = open_base(job, timed)
+        layers: set[int] = set()
         for method in job.method_names:  # what is wrong with one is said before the others begin
-            settings_of(replace(job, method=method), base, 1, timed)
+            layers |= set(settings_of(job_of(job, method), base, 1, timed).layers)
+        base.checkpoint.check_editable(
+            base.arch.checkpoint_key(layer, base.checkpoint.names) for layer in layers
+        )
         contexts = contexts_of(settings_of(job, base, 1, timed), base, None)
         table, _ = encode_facts(table, base, contexts, on_bad_row=job.on_bad_row)
         _need(table, job)
@@ -108,6 +115,7 @@ def run_compare(job: CompareJob, progress: Progress) -> Mapping[str, Any]:
             job.artifacts, cache=job.cache_folder, storage=job.storage_settings
         )
         with open_workers(job, base.spec(), timed) as executor:
+            executor.broadcast("probe", tuple(sorted(layers)))
             timed.finish("load")
             comparison = _Comparison(
                 job=job,
@@ -131,7 +139,7 @@ def run_compare(job: CompareJob, progress: Progress) -> Mapping[str, Any]:
         from workflows.comparison_page import write_comparison  # brings matplotlib
 
         write_comparison(result, publication.staging / PAGE_NAME)
-        with whole_file(publication.staging / COMPARISON_NAME) as partial:
+        with whole_file(publication.staging / RESULTS_NAME) as partial:
             partial.write_text(json.dumps(result, indent=2) + "\n")
         publication.appear()
     return result
@@ -144,6 +152,16 @@ def _need(table: FactTable, job: CompareJob) -> None:
             f"{plural(len(table.requests), 'fact')} that can be edited",
             field="edits",
         )
+
+
+def job_of(job: CompareJob, method: MethodName) -> CompareJob:
+    """The job with one of its methods; λ is MEMIT's, and one of several layers is the last."""
+    solve, layers = dict(job.solve), job.layers
+    if method == "alphaedit":
+        solve.pop("lam", None)
+    if method in ONE_LAYER and layers:
+        layers = layers[-1:]
+    return replace(job, method=method, solve=solve, layers=layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +183,7 @@ class _Comparison:
             yield Compared(method=BASE, edits=count, evaluation=before)
             for method in self.job.method_names:
                 self.progress.message(f"{method}, {plural(count, 'fact')}")
-                job = replace(self.job, method=method)
+                job = job_of(self.job, method)
                 settings = settings_of(job, self.base, count, self.progress)
                 row = Compared(
                     method=method, edits=count, layers=settings.layers, lam=settings.solve.lam
@@ -183,12 +201,12 @@ class _Comparison:
                         editing.install(edited)
                         after, _ = self._judged(requests, heldout, reference)
                         yield replace(row, evaluation=after)
-                except NumericalError as error:
+                except (MemeditError, torch.OutOfMemoryError) as error:
                     self.progress.message(f"{method}, {plural(count, 'fact')}: {error}")
                     yield replace(row, failed=str(error))
 
     def _source(self, method: Any, count: int) -> TokenSource:
-        settings = settings_of(replace(self.job, method=method), self.base, count, self.progress)
+        settings = settings_of(job_of(self.job, method), self.base, count, self.progress)
         return TokenSource(
             corpus=corpus_of(self.job),
             base=self.base,

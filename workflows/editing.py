@@ -157,15 +157,12 @@ class Editing:
                 keep=lambda target: None,
                 progress=Silent(),
             )
-            if quarantined:
-                self.progress.message(f"fact {each.request.case_id} is left out of the edit")
-                continue
+            for case_id, reason in quarantined.items():
+                raise NumericalError(f"fact {case_id}: {reason}")
             solved += self._solve([each], found, moments=moments, progress=Silent())
             targets += found
             self.progress.advance("targets", 1, loss=found[0].losses[-1])
         self.progress.finish("targets")
-        if not solved:
-            raise NumericalError("no fact could be edited")
         norms = [one.residual_norm for one in solved if one.residual_norm is not None]
         whole = SolvedLayer(
             update=Update.sum([one.update for one in solved]),
@@ -208,11 +205,15 @@ class Editing:
             failed = [each for each in encoded if each.request.case_id in unsaid]
             if not failed:
                 break
-            found, _ = self.targets(failed, model=self._edited(encoded, number))
-            anew = {target.case_id: target for target in found}
-            targets = [anew.get(target.case_id, target) for target in kept.targets]
-            self.executor.broadcast("load", self.base.spec())
-            trial = Edited(targets=targets, solved=self._solve(encoded, targets))
+            try:
+                found, _ = self.targets(failed, model=self._edited(encoded, number))
+                anew = {target.case_id: target for target in found}
+                targets = [anew.get(target.case_id, target) for target in kept.targets]
+                self.executor.broadcast("load", self.base.spec())
+                trial = Edited(targets=targets, solved=self._solve(encoded, targets))
+            except NumericalError as error:  # what there is already is whole
+                self.progress.message(f"repair, round {number} is not kept: {error}")
+                break
             left, moved = self._unsaid(encoded), self._drift(reference)
             keep = len(left) < len(unsaid) and moved <= max(
                 drift * (1 + settings.drift), _LEAST_DRIFT

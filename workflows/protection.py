@@ -87,7 +87,7 @@ def protection_for(
         if settings.protect.prompts:
             progress.message(
                 f"no names were found in {source.name} to protect other subjects with; the edit is "
-                "made without protected keys"
+                "made without protected keys, and drift does not limit repair"
             )
         return Protection(moments=None, prompts=0, heldout=heldout)
     tokens = sum(map(len, protected))

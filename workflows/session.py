@@ -134,6 +134,8 @@ def settings_of(job: WorkJob, base: Base, n_facts: int, progress: Progress) -> E
     settings = job.settings(defaults.settings)
     if settings.method in ONE_LAYER and len(settings.layers) != 1:
         raise InputError(f"{settings.method} edits one layer", field="layers")
+    if settings.method == "ft" and job.dtype != "float32":
+        raise InputError("fine-tuning computes in float32, where small steps add up", field="dtype")
     if not defaults.known:
         progress.message(f"{base.name}: {defaults.source}; look at the report before you trust it")
     batch = settings.targets.tokens_per_batch

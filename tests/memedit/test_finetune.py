@@ -43,14 +43,14 @@ def plain_loss(loaded: LoadedModel) -> torch.Tensor:
 
 
 def tuned(loaded: LoadedModel, **settings: float) -> torch.Tensor:
-    update = fine_tune(
+    *_, update = fine_tune(
         loaded.model,
         loaded.arch,
         encoded(loaded),
         layer=LAYER,
         settings=FineTuneSettings(**settings),  # type: ignore[arg-type]
     )
-    assert update.layer == LAYER
+    assert update is not None and update.layer == LAYER
     return update.delta_OI
 
 
@@ -72,7 +72,7 @@ def test_the_first_step_of_adam_by_hand(loaded: LoadedModel, decay: float) -> No
 def test_the_loss_falls_and_the_model_is_as_before(loaded: LoadedModel) -> None:
     before = {name: p.detach().clone() for name, p in loaded.model.named_parameters()}
     wanted = {name: p.requires_grad for name, p in loaded.model.named_parameters()}
-    loss = float(plain_loss(loaded))
+    loss = plain_loss(loaded).item()
     delta_OI = tuned(loaded, lr=0.01, steps=20)
     for name, parameter in loaded.model.named_parameters():
         assert torch.equal(parameter, before[name]), name

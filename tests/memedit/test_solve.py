@@ -115,8 +115,20 @@ def test_emmet_is_memit_without_lambda_and_rome_for_one_edit() -> None:
 
 
 def test_more_exact_edits_than_inputs_cannot_be() -> None:
-    with pytest.raises(NumericalError, match="layer 5 is singular"):
+    with pytest.raises(NumericalError, match="layer 5: keys of some are the same"):
         solve_emmet(_problem(40, 16, 8))
+
+
+def test_facts_with_one_key_cannot_both_hold_and_a_ridge_lets_them_share() -> None:
+    problem = _problem(6, 32, 8)
+    problem.keys_NI[4] = problem.keys_NI[1] * (1 + 1e-13)
+    with pytest.raises(NumericalError, match="layer 5: keys of some are the same"):
+        solve_emmet(problem)
+    moment = MomentFactor(problem.moment.moment_II, ridge=1e-6, layer=5)
+    written = problem.keys_NI @ solve_emmet(replace(problem, moment=moment)).delta_OI.T
+    wanted = problem.residuals_NO.clone()
+    wanted[[1, 4]] = (wanted[1] + wanted[4]) / 2
+    torch.testing.assert_close(written, wanted, rtol=1e-3, atol=1e-3)
 
 
 def _with_null_space(problem: LayerProblem, size: int) -> LayerProblem:

@@ -54,7 +54,7 @@ def test_every_method_has_a_row_for_each_number_of_facts(done: tuple[Path, Any])
             assert tuple(found["metrics"]) == METRIC_KEYS and found["failed"] is None
     assert row(result, "base", 3)["metrics"]["drift_kl"] == 0
     assert row(result, "memit", 3)["moved"] > 0
-    assert json.loads((folder / "out" / "comparison.json").read_text()) == result
+    assert json.loads((folder / "out" / "results.json").read_text()) == result
 
 
 def test_a_method_that_fails_says_why_and_the_others_go_on(done: tuple[Path, Any]) -> None:
@@ -91,7 +91,7 @@ def test_every_judgement_is_in_the_table(done: tuple[Path, Any]) -> None:
 
 
 def test_the_page_needs_nothing_else(done: tuple[Path, Any]) -> None:
-    page = (done[0] / "out" / "report.html").read_text()
+    page = (done[0] / "out" / "page.html").read_text()
     assert page.count("<svg") == 4 and "http" not in page.replace("http://www.w3.org", "")
     assert "raise solve.null_threshold" in page and "3 facts" in page and "1 fact<" in page
 
@@ -105,7 +105,7 @@ def test_a_curve_of_what_was_not_measured_is_not_drawn() -> None:
 
 def test_methods_of_one_layer(base: Path, tmp_path: Path) -> None:
     facts = write_rows(tmp_path / "facts.jsonl")
-    more = ("--methods", "rome,ft", "--edits", "2", "--layers", "2")
+    more = ("--methods", "rome,ft", "--edits", "2")  # of the layers 1 and 2 the last
     result = compare(base, facts, tmp_path / "out", tmp_path / "cache", *more).result
     assert [r["layers"] for r in result["rows"]] == [[], [2], [2]]
     assert all(r["failed"] is None for r in result["rows"])
@@ -118,7 +118,7 @@ def test_methods_of_one_layer(base: Path, tmp_path: Path) -> None:
         (("--edits", "1,x"), "edits", "write 1,10,100"),
         (("--edits", "0"), "edits", "write 1,10,100"),
         (("--edits", "4"), "edits", "holds 3 facts"),
-        (("--methods", "memit,rome"), "layers", "rome edits one layer"),
+        (("--methods", "memit,ft", "--dtype", "bfloat16"), "dtype", "float32"),
     ],
 )
 def test_what_cannot_be_compared(
