@@ -29,6 +29,7 @@ from workflows.ingestion.settings import (
     IngestJob,
 )
 from workflows.settings import (
+    CompareJob,
     DoctorJob,
     EditJob,
     EvaluateJob,
@@ -57,6 +58,7 @@ JOBS: dict[str, type[Job]] = {
     "edit": EditJob,
     "stats": StatsJob,
     "evaluate": EvaluateJob,
+    "compare": CompareJob,
     "generate": GenerateJob,
     "plan": PlanJob,
     "verify": VerifyJob,

@@ -30,7 +30,7 @@ def test_the_summary_has_the_documented_keys():
     summary = example_outcome(5).summary()
     assert list(summary) == [
         "run_id", "out", "manifest", "method", "format", "model", "layers", "facts", "metrics",
-        "timings_s", "report",
+        "intervals", "timings_s", "report",
     ]  # fmt: skip
     assert list(summary["facts"]) == ["read", "accepted", "rejected", "rejects", "duplicates"]
     assert tuple(summary["metrics"]["after"]) == METRIC_KEYS
