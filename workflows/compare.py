@@ -232,17 +232,15 @@ class _Comparison:
                 artifacts=self.artifacts,
                 progress=progress,
             )
-        protection = None
-        if settings.method == "memedit":
-            protection = protection_for(
-                requests,
-                source,
-                base=base,
-                settings=settings,
-                executor=executor,
-                artifacts=self.artifacts,
-                progress=progress,
-            )
+        protection = protection_for(
+            requests,
+            source,
+            base=base,
+            settings=settings,
+            executor=executor,
+            artifacts=self.artifacts,
+            progress=progress,
+        )
         names = {i: base.arch.checkpoint_key(i, base.checkpoint.names) for i in settings.layers}
         try:
             yield Editing(

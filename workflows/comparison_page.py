@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from memedit.writing import whole_file
 from workflows.findings import METRIC, METRICS, interval_text
+from workflows.pages import page_templates
 from workflows.plots import INK, MUTED, SERIES, themed_svg
 
 _MARKERS = "os^Dv<>P"
@@ -22,14 +22,7 @@ _MARKERS = "os^Dv<>P"
 
 def write_comparison(result: Mapping[str, Any], path: Path) -> None:
     """Write the page of a comparison, whole or not at all."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("workflows", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = page_templates()
     rows = result["rows"]
     text = environment.get_template("comparison.html.j2").render(
         result=result,

@@ -139,17 +139,15 @@ def edit_facts(
             artifacts=artifacts,
             progress=timed,
         )
-        protection = None
-        if settings.method == "memedit":
-            protection = protection_for(
-                batch.requests,
-                source,
-                base=base,
-                settings=settings,
-                executor=executor,
-                artifacts=artifacts,
-                progress=timed,
-            )
+        protection = protection_for(
+            batch.requests,
+            source,
+            base=base,
+            settings=settings,
+            executor=executor,
+            artifacts=artifacts,
+            progress=timed,
+        )
         heldout = source.heldout(executor, timed)
         judged = review.choose(batch.requests)
         before, reference = judge(

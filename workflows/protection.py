@@ -63,8 +63,13 @@ def protection_for(
     executor: Executor,
     artifacts: Artifacts,
     progress: Progress,
-) -> Protection:
-    """Count the protected keys of a batch of facts on the model as it is, the base."""
+) -> Protection | None:
+    """Count the protected keys of a batch of facts on the model as it is, the base.
+
+    None for methods that protect nothing.
+    """
+    if settings.method != "memedit":
+        return None
     chosen = protecting_prompts(
         requests,
         source.texts(executor, progress),

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from memedit.outcome import EditOutcome, FactResult
@@ -32,6 +31,7 @@ from workflows.findings import (
     verdict,
     weakest,
 )
+from workflows.pages import page_templates
 from workflows.plots import loss_plot, metrics_plot, norms_plot
 from workflows.progress import duration
 
@@ -53,14 +53,7 @@ def write_report(outcome: EditOutcome, path: Path) -> None:
 
 def render_report(outcome: EditOutcome) -> str:
     """The page as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("workflows", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = page_templates()
     environment.filters["said"] = _said
     environment.filters["cut"] = _cut
     return environment.get_template("report.html.j2").render(_context(outcome))

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 from markupsafe import Markup
 
 from memedit.writing import whole_file
 from workflows.findings import METRIC, METRICS, plural
 from workflows.ingestion.page_plots import Band, Timeline, facts_plot, metrics_plot
+from workflows.pages import page_templates
 from workflows.plots import SERIES
 from workflows.version_tables import time_text
 from workflows.wording import without_keys
@@ -136,14 +136,7 @@ def write_page(history: PageHistory, path: Path) -> None:
 
 def render_page(history: PageHistory) -> str:
     """The page as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("workflows", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = page_templates()
     environment.filters |= {"shown": _shown, "isolated": _isolated, "time": _time, "count": _count}
     return environment.get_template("history.html.j2").render(_context(history))
 
