@@ -129,7 +129,7 @@ def test_what_runs_a_model_can_be_submitted() -> None:
     group = cli.commands["submit"]
     assert isinstance(group, click.Group)
     assert group.commands.keys() == {
-        *("edit", "stats", "evaluate", "generate", "plan", "apply", "ingest")
+        *("edit", "stats", "evaluate", "compare", "generate", "plan", "apply", "ingest")
     }
     with pytest.raises(InputError, match="verify is not run on a cluster"):
         submit(VerifyJob(version="v"), address="http://127.0.0.1:1")
