@@ -33,9 +33,9 @@ demo: $(STAMP)  ## Edit the embedded default model with examples/facts.jsonl
 	$(BIN)/memedit edit --model smollm2 --facts examples/facts.jsonl --out $(DEMO)
 	@echo "Report: file://$(CURDIR)/$(DEMO)/report.html"
 
-test: $(STAMP)  ## All tests: side by side what may, then what wants the machine for itself
+test: $(STAMP)  ## All tests: what computes, one process a core; then what starts Ray, kills and waits
 	$(BIN)/python -m pytest -n auto -m beside
-	$(BIN)/python -m pytest -m "not beside"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not beside"
 
 check: lint unit  ## Style, types, import directions and the fast tests of single modules
 

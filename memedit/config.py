@@ -102,9 +102,9 @@ class ProtectSettings:
 class RepairSettings:
     """Another attempt at the facts that the edited model does not say (method `memedit`)."""
 
-    rounds: int = 1
+    rounds: int = 2
     """At most so many; 0 repairs nothing."""
-    drift: float = 0.1
+    drift: float = 0.2
     """A round is kept if more facts are said after it, and the drift has grown by no more than this
     fraction."""
     prompts: int = 100

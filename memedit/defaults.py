@@ -82,6 +82,10 @@ _SMOLLM2 = ("llama", 30, 576)
 _SMOLLM2_LAM = ((10, 150.0), (100, 400.0), (1000, 800.0))
 
 
+_PROTECTED_LAM = 2.75
+"""So many times MEMIT's λ where keys are protected and repair follows (SmolLM2, chosen at 250 facts:
+benchmarks/README.md): what a larger λ leaves unsaid is repaired, and what it spares stays spared."""
+
 ALPHAEDIT_LAM = 10.0
 """The weight of the identity in AlphaEdit's code (its `L2`)."""
 
@@ -100,6 +104,9 @@ def defaults_for(
     """
     found = _memit_defaults(config, n_facts)
     settings = replace(found.settings, method=method)
+    if method == "memedit" and _key(config) == _SMOLLM2:
+        lam = round(_PROTECTED_LAM * _interpolated(n_facts), 1)
+        settings = replace(settings, solve=replace(settings.solve, lam=lam))
     if method in ONE_LAYER:
         settings = replace(settings, layers=settings.layers[-1:])
     if method == "alphaedit":
@@ -107,9 +114,14 @@ def defaults_for(
     return replace(found, settings=settings)
 
 
+def _key(config: PretrainedConfig) -> tuple[str, int, int]:
+    text = config.get_text_config(decoder=True)
+    return (text.model_type, text.num_hidden_layers, text.hidden_size)
+
+
 def _memit_defaults(config: PretrainedConfig, n_facts: int) -> Defaults:
     text = config.get_text_config(decoder=True)
-    key = (text.model_type, text.num_hidden_layers, text.hidden_size)
+    key = _key(config)
     if key == _SMOLLM2:
         settings = EditSettings(
             # Against 7-9, 4-6 and 2-6: 85.3, 84.5, 84.4 and 82.7 at 100 facts.

@@ -229,8 +229,8 @@ class MethodJob(WorkJob):
         location="path",
     )
     method: MethodName = option(
-        "memit",
-        "The editing method: memit as published, memedit (MEMIT with protected keys and repair), or"
+        "memedit",
+        "The editing method: memedit (MEMIT with protected keys and repair), memit as published, or"
         " one of its relatives.",
         group="Method",
     )

@@ -11,7 +11,7 @@ import pytest
 from tests.cluster.processes import comes_true
 from tests.faults.linked_machines import ADDRESS, OTHER, linked_machines
 from tests.tiny import save_tiny
-from tests.workflows.runs import FACTS, SETTINGS, memedit, quick, shards, write_rows
+from tests.workflows.runs import FACTS, PLAIN, SETTINGS, memedit, quick, shards, write_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -52,7 +52,7 @@ def test_a_machine_behind_a_cut_link_is_done_without(
 
     def flags(name: str) -> list[str]:
         places = ["--facts", str(facts), "--out", str(tmp_path / name)]
-        return ["edit", *quick(folder, tmp_path / f"{name}-cache", settings=slow), *places]
+        return ["edit", *PLAIN, *quick(folder, tmp_path / f"{name}-cache", settings=slow), *places]
 
     def kept() -> int:
         return len(list((tmp_path / "cut-cache" / "targets").rglob("*.safetensors")))

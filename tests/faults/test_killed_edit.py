@@ -21,7 +21,7 @@ from memedit.verify import verify
 from memedit.worker import Worker
 from tests.faults.test_publish_kill import in_child
 from tests.tiny import save_tiny
-from tests.workflows.runs import edit, one_thread, quick, shards, without_plots, write_rows
+from tests.workflows.runs import PLAIN, edit, one_thread, quick, shards, without_plots, write_rows
 
 ENDLESS = ("--set", "targets.steps=10000000", "--set", "targets.loss_threshold=0")
 """An optimisation that takes as long as a test wants."""
@@ -178,7 +178,7 @@ def test_control_c_leaves_nothing_half_done(base: Path, facts: Path, tmp_path: P
 @pytest.mark.slow
 def test_sigterm_to_a_real_process(base: Path, facts: Path, tmp_path: Path) -> None:
     out, cache = tmp_path / "new" / "out", tmp_path / "cache"
-    command = [sys.executable, "-m", "workflows.cli", "edit", *quick(base, cache), *ENDLESS]
+    command = [sys.executable, "-m", "workflows.cli", "edit", *PLAIN, *quick(base, cache), *ENDLESS]
     process = subprocess.Popen(
         [*command, "--facts", str(facts), "--out", str(out)],
         cwd=Path(__file__).parents[2],

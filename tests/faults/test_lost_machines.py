@@ -23,7 +23,7 @@ from memedit.checkpoint import Checkpoint
 from tests.cluster.processes import comes_true, processes_with
 from tests.cluster.s3_places import child_environment
 from tests.tiny import save_tiny
-from tests.workflows.runs import FACTS, SETTINGS, memedit, quick, write_rows
+from tests.workflows.runs import FACTS, PLAIN, SETTINGS, memedit, quick, write_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -86,7 +86,7 @@ def test_machines_are_lost_during_an_edit(
 
     def flags(name: str) -> list[object]:
         places = ["--facts", facts, "--out", tmp_path / name]
-        return [*quick(folder, tmp_path / f"{name}-cache", settings=settings), *places]
+        return [*PLAIN, *quick(folder, tmp_path / f"{name}-cache", settings=settings), *places]
 
     lost: list[str] = []
     left: list[int] = []
@@ -130,7 +130,7 @@ def test_a_driver_that_is_killed_goes_on_where_it_was(
     cache, out = tmp_path / "cache", tmp_path / "out"
     # Slow enough to be killed in the middle.
     settings = (*SETTINGS, "targets.steps=60", "targets.lr=0.01", "targets.tokens_per_batch=64")
-    command = [sys.executable, "-m", "workflows.cli", "edit", "--facts", str(facts)]
+    command = [sys.executable, "-m", "workflows.cli", "edit", *PLAIN, "--facts", str(facts)]
     command += [*quick(folder, cache, settings=settings), "--out", str(out)]
     command += ["--executor", "ray", "--workers", "2"]
     environment = child_environment() | {"RAY_AUTH_TOKEN": os.urandom(32).hex()}
@@ -168,5 +168,5 @@ def test_a_driver_that_is_killed_goes_on_where_it_was(
     new = [p for p in (cache / "targets").rglob("*.safetensors") if p.stat().st_mtime > started]
     assert len(new) == 24 - before
     again = quick(folder, tmp_path / "quiet-cache", settings=settings)
-    assert memedit("edit", *again, "--facts", facts, "--out", tmp_path / "quiet").code == 0
+    assert memedit("edit", *PLAIN, *again, "--facts", facts, "--out", tmp_path / "quiet").code == 0
     check_update(out, tmp_path / "quiet", folder)

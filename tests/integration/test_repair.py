@@ -10,7 +10,9 @@ import pytest
 
 from tests.workflows.runs import memedit, setting, shards, without_plots
 
-CAUTIOUS = setting("solve.lam=6000", "moments.tokens=4000", "protect.prompts=60")
+CAUTIOUS = setting(
+    *("solve.lam=6000", "moments.tokens=4000", "protect.prompts=60", "repair.rounds=1")
+)
 QUIET = setting("evaluation.fluency_facts=0", "evaluation.heldout_tokens=0")
 
 

@@ -22,6 +22,7 @@ from tests.s3.proxy import DisturbingProxy
 from tests.s3.server import SeaweedServer
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.workflows.runs import (
+    PLAIN,
     contents,
     memedit,
     quick,
@@ -85,7 +86,7 @@ def test_what_is_read_and_sent(
         flags = quick(model, tmp_path / "cache", layers="2", settings=FEW)
         s3_proxy.forget()
         flags += ["--facts", f"{s3}/in/facts.jsonl", "--corpus", text, "--out", out]
-        ran = memedit("edit", *flags)
+        ran = memedit("edit", *PLAIN, *flags)
         assert ran.code == 0, ran.stderr
 
     # First: the weights for identity and NaN, once; for the workers, once; and one part, of which

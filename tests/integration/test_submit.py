@@ -17,7 +17,7 @@ from memedit.errors import InputError
 from tests.cluster.processes import comes_true
 from tests.integration.ray_head import Head, ray_head
 from tests.tiny import save_tiny
-from tests.workflows.runs import SETTINGS, Ran, memedit, setting, write_rows
+from tests.workflows.runs import PLAIN, SETTINGS, Ran, memedit, setting, write_rows
 from workflows.jobfile import load_job
 from workflows.settings import EvaluateJob
 from workflows.submit import Submission, find, submit
@@ -51,7 +51,8 @@ def token(head: Head, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def edit(head: Head, out: str, *more: str, settings: tuple[str, ...] = SETTINGS) -> list[str]:
-    job = ["edit", "--model", "base", "--facts", "facts.jsonl", "--out", out, "--layers", "1-2"]
+    job = ["edit", *PLAIN, "--model", "base", "--facts", "facts.jsonl", "--out", out]
+    job += ["--layers", "1-2"]
     return ["--address", head.address, *job, "--workers", "1", *setting(*settings), *more]
 
 

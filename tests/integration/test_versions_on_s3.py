@@ -14,7 +14,7 @@ from memedit.checkpoint import Checkpoint
 from memedit.manifest import MANIFEST_NAME, read_manifest
 from tests.integration.worlds import World
 from tests.tiny import save_tiny
-from tests.workflows.runs import FACTS, Ran, memedit
+from tests.workflows.runs import FACTS, PLAIN, Ran, memedit
 from workflows.facts import write_facts
 
 pytestmark = pytest.mark.slow
@@ -130,7 +130,7 @@ def publish(world: World, registry: str, cache: Path, run_id: str, *more: object
     settings = ("--set", "moments.tokens=1024", "--set", "moments.window=32")
     settings += ("--set", "targets.steps=4", "--set", "evaluation.heldout_tokens=0")
     target = ("--facts", facts, "--registry", registry, "--run-id", run_id)
-    return memedit("edit", *place, *settings, *target, *more)
+    return memedit("edit", *PLAIN, *place, *settings, *target, *more)
 
 
 def test_two_edits_and_back(world: World, s3: str, tmp_path: Path, cache: Path) -> None:

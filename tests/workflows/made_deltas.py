@@ -13,6 +13,7 @@ import torch
 from memedit.manifest import MANIFEST_NAME
 from tests.tiny import save_tiny
 from tests.workflows.runs import (
+    PLAIN,
     Ran,
     contents,
     memedit,
@@ -38,7 +39,7 @@ class Made:
 
     def edit(self, out: object, *more: object, model: object = None) -> Ran:
         flags = quick(str(model or self.base), self.cache)
-        return memedit("edit", *flags, *QUICK, "--facts", self.facts, "--out", out, *more)
+        return memedit("edit", *flags, *PLAIN, *QUICK, "--facts", self.facts, "--out", out, *more)
 
     def apply(self, out: object, *more: object, delta: object = None) -> Ran:
         return memedit(

@@ -94,9 +94,13 @@ def quick(
     return [*flags, *setting(*settings)]
 
 
+PLAIN = ("--method", "memit")
+"""Without repair, so that what an edit does can be counted."""
+
+
 def edit(model: Path | str, facts: Path, out: Path, cache: Path, *more: object) -> Ran:
-    """Run a quick `memedit edit`."""
-    return memedit("edit", *quick(model, cache), "--facts", facts, "--out", out, *more)
+    """Run a quick `memedit edit`, with the plain method unless `more` names another."""
+    return memedit("edit", *quick(model, cache), *PLAIN, "--facts", facts, "--out", out, *more)
 
 
 def stats(model: Path | str, out: Path, cache: Path, *more: object, layers: str = "1-2") -> Ran:

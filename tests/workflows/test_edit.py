@@ -23,6 +23,7 @@ from memedit.worker import Worker
 from tests.tiny import save_tiny
 from tests.workflows.runs import (
     FACTS,
+    PLAIN,
     Ran,
     contents,
     edit,
@@ -210,7 +211,8 @@ def test_evaluating_the_version_gives_the_same_metrics(first: First, tmp_path: P
 @pytest.mark.slow
 def test_as_a_program_of_its_own(first: First, tmp_path: Path) -> None:
     """Through a real process: one line on stdout, JSON lines on stderr, the same shards."""
-    command = [sys.executable, "-m", "workflows.cli", "edit", *quick(first.base, first.cache)]
+    command = [sys.executable, "-m", "workflows.cli", "edit", *PLAIN]
+    command += quick(first.base, first.cache)
     command += ["--facts", str(first.facts), "--out", str(tmp_path / "out")]
     root = Path(__file__).parents[2]
     done = subprocess.run(

@@ -22,6 +22,7 @@ from tests.s3.server import SeaweedServer
 from tests.tiny import save_tiny
 from tests.workflows.runs import (
     FACTS,
+    PLAIN,
     Ran,
     contents,
     memedit,
@@ -57,7 +58,7 @@ class Exports:
     def edit(self, out: object, *more: object, model: object = None) -> list[object]:
         flags = quick(str(model or self.base), self.folder / "cache")
         facts = ("--facts", self.folder / "facts.jsonl")
-        return ["edit", *flags, *SETTINGS, *facts, "--out", out, *more]
+        return ["edit", *PLAIN, *flags, *SETTINGS, *facts, "--out", out, *more]
 
     def manifest(self, kind: str) -> Manifest:
         return read_manifest(self.folder / kind)

@@ -109,7 +109,7 @@ def test_it_says_what_edit_would_do(model: Path, facts: Path) -> None:
     assert told["method"]["contexts"] == 6
     stages = told["stages"]
     assert list(stages) == [
-        *("sampling", "statistics", "evaluation", "targets", "keys", "solve", "files")
+        *("sampling", "statistics", "evaluation", "targets", "keys", "solve", "repair", "files")
     ]
     assert stages["targets"]["arithmetic"].startswith("6 steps × (4 × 1 blocks above × ")
     assert told["time"]["seconds"] == pytest.approx(

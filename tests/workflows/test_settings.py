@@ -49,9 +49,11 @@ def test_later_sources_win(tmp_path: Path) -> None:
 def test_only_what_was_set_replaces_the_defaults_of_the_family() -> None:
     family = EditSettings(layers=(3, 4), targets=TargetSettings(steps=25, lr=0.1))
     job = load_job(EditJob, flags=LEAST, assignments=["targets.steps=20"])
-    assert job.overrides() == {"method": "memit", "targets": {"steps": 20}}
+    assert job.overrides() == {"method": "memedit", "targets": {"steps": 20}}
     settings = job.settings(family)
-    assert settings == dataclasses.replace(family, targets=TargetSettings(steps=20, lr=0.1))
+    assert settings == dataclasses.replace(
+        family, method="memedit", targets=TargetSettings(steps=20, lr=0.1)
+    )
 
 
 def test_the_seed_reaches_every_section_that_sets_none() -> None:

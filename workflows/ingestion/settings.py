@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from memedit.config import MethodName
 from workflows.fields import option
 from workflows.gates import Gate, parse_gate
 from workflows.settings import MethodJob, StoringJob
@@ -17,6 +18,12 @@ from workflows.version_settings import RegistryJob
 class IngestJob(MethodJob, StoringJob):
     """`memedit ingest`: make the model say what a table of facts says."""
 
+    method: MethodName = option(
+        "memit",
+        "The editing method: memit, whose z vectors stay what they are from night to night, or"
+        " memedit, whose repair seeks some anew each night.",
+        group="Method",
+    )
     registry: str = option(
         None,
         "The registry (folder or s3:// prefix): fact log, z vectors, statistics, versions.",
