@@ -415,7 +415,7 @@ class CompareJob(FactsJob, StoringJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateJob(ModelJob):
+class EvaluateJob(ModelJob, StoringJob):
     """`memedit evaluate`: the metrics of a checkpoint on a fact table."""
 
     facts: str = option(
@@ -431,6 +431,14 @@ class EvaluateJob(ModelJob):
         "The checkpoint before the edit, to measure the drift against.",
         metavar="MODEL",
         location=True,
+    )
+    out: str | None = option(
+        None,
+        "Folder or s3:// prefix for the result and a table of facts (Parquet); new or empty."
+        " [default: printed only]",
+        group="Output",
+        metavar="PLACE",
+        location="path",
     )
     text: str | None = option(
         None,

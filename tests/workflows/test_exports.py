@@ -179,7 +179,7 @@ def test_an_adapter_that_is_exact(exports: Exports) -> None:
 
 def test_what_is_in_the_folder(exports: Exports) -> None:
     folder = exports.folder / "lora"
-    own = [MANIFEST_NAME, "facts.jsonl", "report.html"]
+    own = [MANIFEST_NAME, "facts.jsonl", "facts.parquet", "report.html"]
     assert sorted(contents(folder)) == sorted([ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, *own])
     config = json.loads((folder / ADAPTER_CONFIG_NAME).read_text())
     assert (config["peft_type"], config["r"]) == ("LORA", len(FACTS))
