@@ -5,8 +5,8 @@
 
 The reference's way is that of `compute_rewrite_quality_counterfact`: one fact at a time, all its
 prompts with both targets padded to one batch, logits at every position, and then its free text,
-which is generated here as memedit generates it, by one fact and with a cache. Both sides ask the same
-questions of the same model and must give the same answers.
+which is generated here as memedit does it, with a cache. Both sides ask the same questions of the
+same model and must give the same answers.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 
 from memedit.outcome import METRIC_KEYS
 from tests.tiny import save_tiny
-from tests.workflows.runs import Ran, edit, memedit, quick, setting, write_rows
+from tests.workflows.runs import Ran, edit, measured, memedit, quick, setting, write_rows
 from workflows.comparison_page import curves_plot
 
 METHODS = "memit,memedit,emmet,alphaedit"
@@ -41,10 +41,6 @@ def done(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
 def row(result: dict[str, Any], method: str, edits: int) -> dict[str, Any]:
     (found,) = [r for r in result["rows"] if (r["method"], r["edits"]) == (method, edits)]
     return found
-
-
-def measured(metrics: dict[str, float | None]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if value is not None}
 
 
 def test_every_method_has_a_row_for_each_number_of_facts(done: tuple[Path, Any]) -> None:

@@ -24,6 +24,7 @@ from tests.workflows.runs import (
     FACTS,
     Ran,
     contents,
+    measured,
     memedit,
     quick,
     setting,
@@ -158,7 +159,7 @@ def test_the_adapter_that_peft_merges_is_what_was_judged(exports: Exports, tmp_p
         *setting("evaluation.drift_prompts=20", "evaluation.fluency_tokens=4"),
     )
     judged = ran.result["metrics"]
-    metrics = {k: v for k, v in manifest.metrics["after"].items() if k != "perplexity"}
+    metrics = {k: v for k, v in measured(manifest.metrics["after"]).items() if k != "perplexity"}
     assert {name: judged[name] for name in metrics} == pytest.approx(metrics, rel=1e-3)
     assert manifest.metrics["after"]["drift_kl"] != pytest.approx(
         full.metrics["after"]["drift_kl"], rel=1e-2
