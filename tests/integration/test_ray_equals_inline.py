@@ -63,7 +63,7 @@ REQUESTS = [
 TARGETS = TargetSettings(steps=6, lr=0.2, tokens_per_batch=40)
 JUDGEMENT = EvaluationSettings(
     **dict(drift_prompts=5, fluency_facts=3, fluency_tokens=5),
-    **dict(consistency_facts=3, consistency_tokens=6, heldout_tokens=96, heldout_window=32),
+    **dict(consistency_facts=7, consistency_tokens=6, heldout_tokens=96, heldout_window=32),
 )
 
 
