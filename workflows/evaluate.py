@@ -14,7 +14,6 @@ from typing import Any, Literal
 from cluster.publication import open_publication
 from memedit.checkpoint import Checkpoint
 from memedit.errors import InputError
-from memedit.executor import InlineExecutor
 from memedit.files import Files
 from memedit.model import ModelSpec, load_config, load_tokenizer, positions_of
 from memedit.outcome import FactResult
@@ -29,7 +28,7 @@ from workflows.judgements import FACTS_TABLE_NAME, relation_metrics, write_judge
 from workflows.models import resolve_model
 from workflows.moments import CHARACTERS_PER_TOKEN
 from workflows.progress import Timed
-from workflows.session import device_of_job, sift
+from workflows.session import device_of_job, gpus_of_job, open_workers, sift
 from workflows.settings import EvaluateJob, ModelJob, new_run_id
 
 RESULTS_NAME = "results.json"
@@ -79,14 +78,14 @@ def _evaluated(job: EvaluateJob, timed: Timed) -> tuple[dict[str, Any], Sequence
     for files in places:
         Checkpoint.open(files, cache=job.cache_folder).check_finite()
     requests = table.batch.requests
-    reference = None
     if base_spec is None:  # nothing to compare with
         settings = replace(settings, drift_prompts=0)
-    else:
-        with InlineExecutor(base_spec) as executor:
-            reference = predictions(executor, requests, settings=settings, progress=timed)
-    with InlineExecutor(spec) as executor:
+    reference = None
+    with open_workers(job, base_spec or spec, timed) as executor:
         timed.finish("load")
+        if base_spec is not None:
+            reference = predictions(executor, requests, settings=settings, progress=timed)
+            executor.broadcast("load", spec)
         evaluation, _ = judge(
             executor,
             requests,
@@ -168,6 +167,7 @@ def spec_of(job: ModelJob, name: str, progress: Progress) -> ModelSpec:
         files=resolved.files,
         device=device_of_job(job),
         dtype=job.dtype,
+        gpus=gpus_of_job(job),
         overrides=dict(job.architecture),
         editable=False,
     )
