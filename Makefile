@@ -51,6 +51,7 @@ unit: $(STAMP)  ## The fast tests of single modules, one process a core
 bench: $(STAMP)  ## Every figure of benchmarks/, one after the other
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.evaluation
 
 clean:  ## Remove the environment, runs and caches of tools; the model cache stays
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache \

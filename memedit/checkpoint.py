@@ -32,7 +32,7 @@ INDEX_NAME = "model.safetensors.index.json"
 EDITABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # What an earlier version of memedit left in a folder says nothing about the next one.
-_OWN_FILES = (MANIFEST_NAME, "facts.jsonl", "report.html", "rejects.jsonl")
+_OWN_FILES = (MANIFEST_NAME, "facts.jsonl", "facts.parquet", "report.html", "rejects.jsonl")
 # Other copies of the weights would still hold the unedited model.
 _OTHER_WEIGHTS = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth"),

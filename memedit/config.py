@@ -135,6 +135,9 @@ class EvaluationSettings:
     fluency_facts: int = 20
     """Continuations for the n-gram entropy; 0 leaves fluency out."""
     fluency_tokens: int = 50
+    consistency_facts: int = 20
+    """Of the facts with generation prompts and references, for which the model writes free text."""
+    consistency_tokens: int = 100
     heldout_tokens: int = 2048
     """Held-out text is the same before and after: a small sample shows a small difference."""
     heldout_window: int = 256

@@ -2,11 +2,12 @@
 
 Two halves. `score_facts` judges each fact by itself and can therefore be spread over workers;
 `summarise` turns the judgements into the paper's numbers. `measure_side_effects` measures the model
-as a whole: fluency, perplexity on held-out text, and the drift of the next-token distribution on
-prompts of facts that were not edited. `memedit.stages.judge` does both.
+as a whole, and `with_side_effects` tells what of it concerns single facts. `memedit.stages.judge`
+does both on any workers.
 
 Knows facts and metrics. Does not know how forward passes are batched (`memedit.scoring`,
-`memedit.generate`), how drift is measured (`memedit.side_effects`) or how results are shown.
+`memedit.generate`), how a side effect is measured (`memedit.side_effects`) or how results are
+shown.
 """
 
 from __future__ import annotations
@@ -15,29 +16,28 @@ import math
 import re
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, harmonic_mean
-from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memedit.architecture import Architecture
 from memedit.config import EvaluationSettings
+from memedit.consistency import inverse_document_frequency, tfidf_cosine
 from memedit.generate import greedy_continuations
-from memedit.intervals import FACT_VALUES, SCORED, intervals_of
+from memedit.intervals import FACT_VALUES, SCORED, intervals_of, scale_of
 from memedit.outcome import METRIC_KEYS, Evaluation, FactResult
 from memedit.prompts import encode_completion
 from memedit.requests import EditRequest, whole_word
-from memedit.scoring import Completion, CompletionScore, perplexity, score_completions
+from memedit.scoring import Completion, CompletionScore, score_completions
 from memedit.side_effects import (
     DriftReference,
-    drift_contexts,
-    drift_reference,
-    fluency,
-    measure_drift,
+    SideEffects,
+    consistency_sample,
+    drift_prompts,
+    side_effect_parts,
+    side_effects_of,
 )
-
-SideEffect = Literal["drift", "fluency", "perplexity"]
-SIDE_EFFECTS: tuple[SideEffect, ...] = ("drift", "fluency", "perplexity")
 
 GENERATION_EXTRA_TOKENS = 5
 """How many tokens beyond the length of the new object a continuation may take to say it."""
@@ -99,7 +99,7 @@ def _score_portion(
     tokens_per_batch: int | None,
 ) -> list[FactResult]:
     completions: dict[tuple[str, str], Completion] = {}
-    for prompt, target in (pair for request in requests for pair in _questions(request)):
+    for prompt, target in (pair for request in requests for pair in questions(request)):
         if (prompt, target) not in completions:
             prompt_ids, target_ids = encode_completion(tokenizer, prompt, target)
             completions[prompt, target] = Completion(
@@ -124,15 +124,19 @@ def _score_portion(
     ]
 
 
-def _questions(request: EditRequest) -> Iterator[tuple[str, str]]:
+def questions(request: EditRequest) -> Iterator[tuple[str, str]]:
     """Every (prompt, target) whose probability the metrics of a fact need."""
+    new, true = request.target_new, request.target_true
+    compared = (new,) if true is None else (new, true)
     for prompt in (request.text, *request.paraphrases):
-        yield prompt, request.target_new
-        if request.target_true is not None:
-            yield prompt, request.target_true
+        yield from ((prompt, target) for target in compared)
     for neighbour in request.neighbourhood:
-        yield neighbour.prompt, neighbour.target
-        yield neighbour.prompt, request.target_new
+        yield from ((neighbour.prompt, target) for target in (neighbour.target, new))
+    if true is not None:
+        for prompt in request.attributes:
+            yield from ((prompt, target) for target in compared)
+    for implied in request.portability:
+        yield implied.prompt, implied.target
 
 
 def _judge(
@@ -152,6 +156,7 @@ def _judge(
     paraphrases, neighbours = request.paraphrases, request.neighbourhood
     return FactResult(
         case_id=request.case_id,
+        relation=request.relation,
         prompt=request.text,
         target_new=new,
         target_true=true,
@@ -161,6 +166,11 @@ def _judge(
         paraphrase_exact=tuple(scores[p, new].exact for p in paraphrases),
         neighbourhood=tuple(kept(n.prompt, n.target) for n in neighbours),
         neighbourhood_exact=tuple(scores[n.prompt, n.target].exact for n in neighbours),
+        efficacy_accuracy=scores[request.text, new].accuracy,
+        paraphrase_accuracy=tuple(scores[p, new].accuracy for p in paraphrases),
+        neighbourhood_accuracy=tuple(scores[n.prompt, n.target].accuracy for n in neighbours),
+        attribute=() if true is None else tuple(rewritten(p) for p in request.attributes),
+        portability=tuple(scores[p.prompt, p.target].accuracy for p in request.portability),
         generation=says(continuation, new),
         continuation=continuation,
         logprob_new=scores[request.text, new].logprob,
@@ -194,7 +204,7 @@ def summarise(facts: Sequence[FactResult]) -> dict[str, float | None]:
     metrics: dict[str, float | None] = {}
     for name, value_of in FACT_VALUES.items():
         values = [value for fact in facts if not math.isnan(value := value_of(fact))]
-        metrics[name] = 100 * fmean(values) if values else None
+        metrics[name] = scale_of(name) * fmean(values) if values else None
     parts = [metrics[key] for key in SCORED]
     known = [part for part in parts if part is not None]
     metrics["score"] = harmonic_mean(known) if len(known) == len(parts) else None
@@ -213,52 +223,57 @@ def measure_side_effects(
     heldout: Sequence[Sequence[int]] | None = None,
     reference: DriftReference | None = None,
     settings: EvaluationSettings | None = None,
-    measures: Collection[SideEffect] = SIDE_EFFECTS,
-) -> tuple[dict[str, float | None], DriftReference | None]:
-    """`fluency`, `perplexity`, `drift_kl` and `drift_top1`; None where there is nothing to measure.
+) -> SideEffects:
+    """What is measured of a model as a whole, in one process.
 
     Args:
         model: In eval mode; not changed.
         tokenizer: The model's.
         arch: The model's architecture; None for a family that cannot be edited.
         requests: The facts.
-        heldout: Token ids of documents for the perplexity; None leaves it out.
-        reference: The base's distributions, from the measurement of the unedited model; None makes
-            this model the base, whose drift is 0 by definition.
+        heldout: See `side_effect_parts`.
+        reference: See `side_effect_parts`.
         settings: How much is measured.
-        measures: What is measured.
-
-    Returns:
-        The metrics, and the reference to pass to the measurement of the edited model (None where
-        drift is not among the measures).
 
     Raises:
         NumericalError: The model gives NaN or an infinity.
     """
-    settings = settings or EvaluationSettings()
-    batch = settings.tokens_per_batch
-    metrics: dict[str, float | None] = {}
-    if "drift" in measures:
-        if reference is None:
-            contexts = drift_contexts(tokenizer, requests, settings.drift_prompts)
-            reference = drift_reference(model, arch, contexts, tokens_per_batch=batch)
-            drift: tuple[float, float] | None = (0.0, 100.0) if contexts else None
-        else:
-            drift = measure_drift(model, arch, reference, tokens_per_batch=batch)
-        metrics["drift_kl"], metrics["drift_top1"] = drift or (None, None)
-    if "fluency" in measures:
-        told = [request.text for request in requests[: settings.fluency_facts]]
-        metrics["fluency"] = fluency(model, tokenizer, told, max_new_tokens=settings.fluency_tokens)
-    if "perplexity" in measures:
-        metrics["perplexity"] = perplexity(
-            model,
-            arch,
-            heldout or (),
-            window=settings.heldout_window,
-            max_tokens=settings.heldout_tokens,
-            tokens_per_batch=batch,
+    parts = side_effect_parts(
+        requests, heldout=heldout, reference=reference, settings=settings or EvaluationSettings()
+    )
+    return side_effects_of(parts, [part.of(model, tokenizer, arch) for part in parts], reference)
+
+
+def with_side_effects(
+    facts: Sequence[FactResult], requests: Sequence[EditRequest], effects: SideEffects
+) -> list[FactResult]:
+    """The judgements with what side effects say of single facts.
+
+    `neighbourhood_kl` is the mean KL(base ‖ model) of the next token over those of a fact's
+    neighbourhood prompts that drift was measured on. `consistency` is the TF-IDF cosine of what
+    the model writes on all its generation prompts with all its references, as in the reference
+    code, with the inverse document frequencies of the batch's references.
+    """
+    idf: dict[str, float] = {}
+    if effects.texts:
+        idf = inverse_document_frequency(
+            dict.fromkeys(text for request in requests for text in request.references)
         )
-    return metrics, reference
+
+    def completed(fact: FactResult, request: EditRequest) -> FactResult:
+        near = [effects.divergences.get(n.prompt) for n in request.neighbourhood]
+        moved = [kl for kl in near if kl is not None]
+        texts = tuple(effects.texts[p] for p in request.generation_prompts if p in effects.texts)
+        return replace(
+            fact,
+            neighbourhood_kl=fmean(moved) if moved else None,
+            texts=texts,
+            consistency=tfidf_cosine(" ".join(texts), " ".join(request.references), idf)
+            if texts and request.references
+            else None,
+        )
+
+    return [completed(*pair) for pair in zip(facts, requests, strict=True)]
 
 
 def measurable(requests: Sequence[EditRequest], settings: EvaluationSettings) -> frozenset[str]:
@@ -275,11 +290,16 @@ def measurable(requests: Sequence[EditRequest], settings: EvaluationSettings) ->
         "efficacy_exact": bool(requests),
         "paraphrase_exact": any(r.paraphrases for r in requests),
         "neighbourhood_exact": neighbours,
+        "efficacy_accuracy": bool(requests),
+        "paraphrase_accuracy": any(r.paraphrases for r in requests),
+        "neighbourhood_accuracy": neighbours,
+        "attribute": any(r.attributes for r in compared),
+        "portability": any(r.portability for r in requests),
         "generation": bool(requests),
+        "consistency": bool(consistency_sample(requests, settings)),
         "fluency": settings.fluency_facts > 0,
         "perplexity": settings.heldout_tokens > 1,
     }
-    edited = {text for r in requests for text in (r.text, *r.paraphrases)}
-    others = any(n.prompt not in edited for r in requests for n in r.neighbourhood)
-    found |= dict.fromkeys(("drift_kl", "drift_top1"), others and settings.drift_prompts > 0)
+    drift = bool(drift_prompts(requests, settings.drift_prompts))
+    found |= dict.fromkeys(("neighbourhood_kl", "drift_kl", "drift_top1"), drift)
     return frozenset(name for name, there in found.items() if there)

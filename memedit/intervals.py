@@ -22,20 +22,38 @@ _AT_ONCE = 2**20
 """Facts that are drawn at once, so that memory does not grow with the batch."""
 
 
-def _mean(prompts: Sequence[bool]) -> float:
+def _mean(prompts: Sequence[float]) -> float:
     return fmean(prompts) if prompts else math.nan
 
 
+def _known(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
 FACT_VALUES: Mapping[str, Callable[[FactResult], float]] = {
-    "efficacy": lambda fact: math.nan if fact.efficacy is None else float(fact.efficacy),
+    "efficacy": lambda fact: _known(fact.efficacy),
     "paraphrase": lambda fact: _mean(fact.paraphrase),
     "neighbourhood": lambda fact: _mean(fact.neighbourhood),
     "efficacy_exact": lambda fact: float(fact.efficacy_exact),
     "paraphrase_exact": lambda fact: _mean(fact.paraphrase_exact),
     "neighbourhood_exact": lambda fact: _mean(fact.neighbourhood_exact),
+    "efficacy_accuracy": lambda fact: _known(fact.efficacy_accuracy),
+    "paraphrase_accuracy": lambda fact: _mean(fact.paraphrase_accuracy),
+    "neighbourhood_accuracy": lambda fact: _mean(fact.neighbourhood_accuracy),
+    "attribute": lambda fact: _mean(fact.attribute),
+    "portability": lambda fact: _mean(fact.portability),
     "generation": lambda fact: float(fact.generation),
+    "consistency": lambda fact: _known(fact.consistency),
+    "neighbourhood_kl": lambda fact: _known(fact.neighbourhood_kl),
 }
 """What a fact adds to the mean that is a metric: a share of its prompts, NaN where it has none."""
+
+
+def scale_of(metric: str) -> float:
+    """What such a mean is multiplied with to be shown: shares are shown in percent."""
+    return 1.0 if metric == "neighbourhood_kl" else 100.0
+
+
 SCORED = ("efficacy", "paraphrase", "neighbourhood")
 """`score` is the harmonic mean of these."""
 
@@ -43,7 +61,9 @@ SCORED = ("efficacy", "paraphrase", "neighbourhood")
 def intervals_of(
     facts: Sequence[FactResult], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """The 95% interval of each metric that is a mean over facts, and of their score, in percent.
+    """The 95% interval of each metric that is a mean over facts, and of their score.
+
+    In percent, as the metrics are; `neighbourhood_kl` in nats.
 
     Args:
         facts: The judgements of a batch.
@@ -67,7 +87,7 @@ def intervals_of(
     for name, column_R in zip(names, means_RM.T, strict=True):
         drawn_R = column_R[~column_R.isnan()]  # a draw may hold no fact with such a prompt
         low, high = torch.quantile(drawn_R, drawn_R.new_tensor([tail, 1 - tail])).tolist()
-        found[name] = (100 * low, 100 * high)
+        found[name] = (scale_of(name) * low, scale_of(name) * high)
     return found
 
 

@@ -20,9 +20,16 @@ METRIC_KEYS = (
     "efficacy_exact",
     "paraphrase_exact",
     "neighbourhood_exact",
+    "efficacy_accuracy",
+    "paraphrase_accuracy",
+    "neighbourhood_accuracy",
+    "attribute",
+    "portability",
     "generation",
+    "consistency",
     "fluency",
     "perplexity",
+    "neighbourhood_kl",
     "drift_kl",
     "drift_top1",
 )
@@ -65,11 +72,15 @@ class FactResult(_Plain):
     """How one fact fares in one model.
 
     `efficacy`, `paraphrase`, `neighbourhood` compare probabilities (new against true; for
-    neighbourhood the reverse); the `_exact` ones say that every target token is the argmax.
-    `logprob_*` are mean log-probabilities per target token, in nats.
+    neighbourhood the reverse; for attribute prompts new against true again, as it was before the
+    edit); the `_exact` ones say that every target token is the argmax, the `_accuracy` ones and
+    `portability` which share of them is (0 to 1). `logprob_*` are mean log-probabilities per target
+    token, in nats.
     """
 
     case_id: str
+    relation: str = ""
+    """The data set's relation id, or else the template."""
     prompt: str
     """With the subject filled in."""
     target_new: str
@@ -81,12 +92,23 @@ class FactResult(_Plain):
     paraphrase_exact: tuple[bool, ...] = ()
     neighbourhood: tuple[bool, ...] = ()
     neighbourhood_exact: tuple[bool, ...] = ()
+    efficacy_accuracy: float | None = None
+    paraphrase_accuracy: tuple[float, ...] = ()
+    neighbourhood_accuracy: tuple[float, ...] = ()
+    neighbourhood_kl: float | None = None
+    """Mean KL(base ‖ model) on the neighbourhood prompts that drift is measured on, in nats."""
+    attribute: tuple[bool, ...] = ()
+    portability: tuple[float, ...] = ()
     generation: bool
     """The greedy continuation says the new object."""
     continuation: str
     """What the model says after `prompt`, greedily."""
     logprob_new: float
     logprob_true: float | None = None
+    texts: tuple[str, ...] = ()
+    """What the model writes on the fact's generation prompts, with them."""
+    consistency: float | None = None
+    """Cosine of those texts with the fact's references (TF-IDF), 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +116,7 @@ class Evaluation(_Plain):
     """The metrics of one model on one batch, and each fact behind them.
 
     `metrics` has the keys of `METRIC_KEYS`; None where there was nothing to measure. In percent,
-    but `fluency` (bits), `perplexity` and `drift_kl` (nats).
+    but `fluency` (bits), `perplexity`, `neighbourhood_kl` and `drift_kl` (nats).
     """
 
     metrics: dict[str, float | None]

@@ -82,7 +82,7 @@ def check_prompts(
 
     Args:
         tokenizer: The model's.
-        request: The fact; its prompt, its paraphrases and its neighbourhood are looked at.
+        request: The fact; its prompt and all others that are scored are looked at.
         positions: How many the model reads (`memedit.model.positions_of`).
 
     Raises:
@@ -94,6 +94,8 @@ def check_prompts(
     for neighbour in request.neighbourhood:
         for target in (neighbour.target, request.target_new):
             asked.append(("neighbourhood", neighbour.prompt, target))
+    asked += [("attributes", text, target) for text in request.attributes for target in targets]
+    asked += [("portability", implied.prompt, implied.target) for implied in request.portability]
     for field, prompt, target in asked:
         # A token has a byte at least, and few are added: most texts need no tokenizer to be judged.
         if 2 * len(f"{prompt} {target}".encode()) <= positions:

@@ -19,7 +19,7 @@ from memedit.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbour:
-    """A prompt about another subject whose answer must not change."""
+    """A prompt about something else, with the answer that it must keep or get."""
 
     prompt: str
     target: str
@@ -51,7 +51,22 @@ class EditRequest:
     target_true: str | None = None
     paraphrases: tuple[str, ...] = ()
     neighbourhood: tuple[Neighbour, ...] = ()
+    attributes: tuple[str, ...] = ()
+    """Prompts about other subjects whose answer is the new object already."""
+    portability: tuple[Neighbour, ...] = ()
+    """Prompts about other things, with what follows for them from the fact."""
+    generation_prompts: tuple[str, ...] = ()
+    """Openings of free text about the subject."""
+    references: tuple[str, ...] = ()
+    """Texts about subjects that have the new object as their attribute."""
+    relation_id: str | None = None
+    """As the data set names the relation."""
     provenance: Provenance | None = field(default=None, compare=False)
+
+    @property
+    def relation(self) -> str:
+        """What facts of one kind share: the data set's relation id, or else the template."""
+        return self.relation_id or self.prompt
 
     @property
     def text(self) -> str:

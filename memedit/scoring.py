@@ -50,10 +50,17 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionScore:
-    """`logprob`: mean log-probability per target token, in nats; `exact`: each is the argmax."""
+    """How probable a completion is, and how much of it the model would say by itself."""
 
     logprob: float
-    exact: bool
+    """Mean log-probability per target token, in nats."""
+    accuracy: float
+    """The share of target tokens that are the argmax after those before them, 0 to 1."""
+
+    @property
+    def exact(self) -> bool:
+        """Each is."""
+        return self.accuracy == 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +181,7 @@ def score_completions(
             context = (*context, token)
     contexts = list(asked)
     logprobs: list[list[float]] = [[] for _ in completions]
-    exact = [True] * len(completions)
+    hits = [0] * len(completions)
     for places, logprobs_QV in next_token_logprobs(
         model, arch, contexts, tokens_per_batch=tokens_per_batch
     ):
@@ -183,38 +190,25 @@ def score_completions(
         rows = torch.tensor(queries, device=logprobs_QV.device)
         candidates = torch.tensor(tokens, device=logprobs_QV.device)
         values = logprobs_QV[rows, candidates].tolist()
-        hits = (logprobs_QV.argmax(-1)[rows] == candidates).tolist()
-        for i, value, hit in zip(owners, values, hits, strict=True):
+        said = (logprobs_QV.argmax(-1)[rows] == candidates).tolist()
+        for i, value, hit in zip(owners, values, said, strict=True):
             logprobs[i].append(value)
-            exact[i] &= hit
+            hits[i] += hit
     return [
-        CompletionScore(logprob=math.fsum(values) / len(values), exact=hit)
-        for values, hit in zip(logprobs, exact, strict=True)
+        CompletionScore(logprob=math.fsum(values) / len(values), accuracy=hit / len(values))
+        for values, hit in zip(logprobs, hits, strict=True)
     ]
 
 
-def perplexity(
-    model: PreTrainedModel,
-    arch: Architecture | None,
-    documents: Sequence[Sequence[int]],
-    *,
-    window: int = 256,
-    max_tokens: int = 2048,
-    tokens_per_batch: int | None = None,
-) -> float | None:
-    """Perplexity of held-out text: exp of the mean negative log-likelihood per token.
+def heldout_windows(
+    documents: Sequence[Sequence[int]], *, window: int = 256, max_tokens: int = 2048
+) -> list[Ids]:
+    """Windows of held-out text, each of which starts without memory of the one before.
 
     Args:
-        model: The model.
-        arch: See `next_token_logprobs`.
-        documents: Token ids; cut into windows, each of which starts without memory of the one
-            before; the first token of a window is given, not predicted.
-        window: Tokens per window.
+        documents: Token ids.
+        window: Tokens per window; one of a single token predicts nothing and is left out.
         max_tokens: Stop reading after this many tokens.
-        tokens_per_batch: See `next_token_logprobs`.
-
-    Returns:
-        The perplexity, or None where no window has two tokens; infinite where it overflows.
     """
     windows: list[Ids] = []
     left = max_tokens
@@ -224,7 +218,22 @@ def perplexity(
             if len(piece) > 1:
                 windows.append(piece)
         left = max(0, left - len(document))
-    total, count = 0.0, 0
+    return windows
+
+
+def log_likelihoods(
+    model: PreTrainedModel,
+    arch: Architecture | None,
+    windows: Sequence[Ids],
+    *,
+    tokens_per_batch: int | None = None,
+) -> list[tuple[float, int]]:
+    """Σ log P(token | those before it) of each window, in nats, and over how many tokens.
+
+    The first token of a window is given, not predicted. Arguments and errors are those of
+    `next_token_logprobs`.
+    """
+    found: list[tuple[float, int]] = []
     # A few windows at a time: each position is a context of its own here, written out in full.
     for first in range(0, len(windows), _WINDOWS_PER_CALL):
         part = [
@@ -233,11 +242,20 @@ def perplexity(
         ]
         scores = score_completions(model, arch, part, tokens_per_batch=tokens_per_batch)
         for completion, score in zip(part, scores, strict=True):
-            total += score.logprob * len(completion.target_ids)
-            count += len(completion.target_ids)
+            count = len(completion.target_ids)
+            found.append((score.logprob * count, count))
+    return found
+
+
+def perplexity_of(likelihoods: Sequence[tuple[float, int]]) -> float | None:
+    """exp(-Σ log P / tokens) over what `log_likelihoods` gives.
+
+    None without a token; infinite where it overflows.
+    """
+    count = sum(tokens for _, tokens in likelihoods)
     if not count:
         return None
     try:
-        return math.exp(-total / count)
+        return math.exp(-math.fsum(total for total, _ in likelihoods) / count)
     except OverflowError:
         return math.inf

@@ -1,8 +1,10 @@
-"""What an edit does to the rest of the model: drift of its predictions, and of its fluency.
+"""What an edit does to the rest of the model: drift, fluency, perplexity, free text.
 
-Drift is measured on prompts of facts that were not edited, against the distributions that the base
-gave there. Knows prompts, log-probabilities and text. Does not know whether a fact went in
-(`memedit.evaluate`); the perplexity of held-out text is in `memedit.scoring`.
+Each is cut into parts that any worker can do on its model, by prompts or windows, so that a part
+depends on the input only and not on the workers (`side_effect_parts`); `side_effects_of` puts the
+results together. Drift is measured on prompts of facts that were not edited, against the
+distributions that the base gave there. Knows prompts, log-probabilities and text. Does not know
+whether a fact went in (`memedit.evaluate`).
 """
 
 from __future__ import annotations
@@ -11,18 +13,29 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memedit.architecture import Architecture
+from memedit.config import EvaluationSettings
 from memedit.generate import greedy_continuations
 from memedit.prompts import encode
 from memedit.requests import EditRequest
-from memedit.scoring import Ids, next_token_logprobs
+from memedit.scoring import (
+    Ids,
+    heldout_windows,
+    log_likelihoods,
+    next_token_logprobs,
+    perplexity_of,
+)
+
+# Free text is made many prompts at once; single ones would take almost as long as all together.
+_PROMPTS_PER_TEXTS, _PROMPTS_PER_DRIFT, _WINDOWS_PER_PART = 32, 50, 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,24 +44,273 @@ class DriftReference:
 
     contexts: tuple[Ids, ...]
     logprobs_NV: Tensor
+    prompts: tuple[str, ...] = ()
+    """The texts of the contexts, where they are known."""
+
+    def slices(self, size: int) -> list[DriftReference]:
+        """The same in pieces of so many contexts, none of which holds on to the others."""
+        return [
+            DriftReference(
+                contexts=self.contexts[start : start + size],
+                logprobs_NV=self.logprobs_NV[start : start + size].clone(),
+                prompts=self.prompts[start : start + size],
+            )
+            for start in range(0, len(self.contexts), size)
+        ]
+
+    @classmethod
+    def join(cls, parts: Sequence[DriftReference]) -> DriftReference:
+        """One of several, in their order; without contexts where there is none."""
+        logprobs = [part.logprobs_NV for part in parts] or [torch.empty(0, 0)]
+        return cls(
+            contexts=tuple(context for part in parts for context in part.contexts),
+            logprobs_NV=torch.cat(logprobs),
+            prompts=tuple(prompt for part in parts for prompt in part.prompts),
+        )
 
 
-def fluency(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 50,
-) -> float | None:
-    """Mean n-gram entropy, in bits, of prompts with their greedy continuations; None without any.
+# ------------------------------------------------------------------------------------- the parts
+
+
+class Part(Protocol):
+    """Something to measure on a model, and small enough to be sent to a worker."""
+
+    def of(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        arch: Architecture | None,
+    ) -> Any:
+        """Measure it; the model is not changed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entropies(Part):
+    """For `fluency`: the n-gram entropy of each prompt with its greedy continuation, in bits.
 
     The reference samples (top-k 5) up to 100 tokens from prompts of its own and prints 100 times
     the mean. Greedy text repeats itself sooner, so these numbers are lower than published ones:
     compare before with after, not with papers.
     """
-    continuations = greedy_continuations(model, tokenizer, prompts, max_new_tokens)
-    entropies = [ngram_entropy(p + c) for p, c in zip(prompts, continuations, strict=True)]
-    return fmean(entropies) if entropies else None
+
+    prompts: tuple[str, ...]
+    tokens: int
+
+    def of(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        arch: Architecture | None,
+    ) -> list[float]:
+        """See `Part`."""
+        told = greedy_continuations(model, tokenizer, self.prompts, self.tokens)
+        return [ngram_entropy(p + c) for p, c in zip(self.prompts, told, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts(Part):
+    """For `consistency`: what the model writes after each prompt, greedily, with the prompt."""
+
+    prompts: tuple[str, ...]
+    tokens: int
+
+    def of(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        arch: Architecture | None,
+    ) -> list[tuple[str, str]]:
+        """See `Part`."""
+        told = greedy_continuations(model, tokenizer, self.prompts, self.tokens)
+        return [(p, p + c) for p, c in zip(self.prompts, told, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihoods(Part):
+    """For `perplexity`: see `memedit.scoring.log_likelihoods`."""
+
+    windows: tuple[Ids, ...]
+    tokens_per_batch: int | None = None
+
+    def of(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        arch: Architecture | None,
+    ) -> list[tuple[float, int]]:
+        """See `Part`."""
+        return log_likelihoods(model, arch, self.windows, tokens_per_batch=self.tokens_per_batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions(Part):
+    """For the drift from this model: its distributions after some prompts."""
+
+    prompts: tuple[str, ...]
+    tokens_per_batch: int | None = None
+
+    def of(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        arch: Architecture | None,
+    ) -> list[DriftReference]:
+        """See `Part`."""
+        contexts = [tuple(encode(tokenizer, prompt)) for prompt in self.prompts]
+        found = drift_reference(model, arch, contexts, tokens_per_batch=self.tokens_per_batch)
+        return [
+            DriftReference(
+                contexts=found.contexts, logprobs_NV=found.logprobs_NV, prompts=self.prompts
+            )
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shift(Part):
+    """For the drift of this model: how far each distribution of the base has moved."""
+
+    reference: DriftReference
+    tokens_per_batch: int | None = None
+
+    def of(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        arch: Architecture | None,
+    ) -> list[tuple[str, float, bool]]:
+        """See `Part`."""
+        moved = divergences(model, arch, self.reference, tokens_per_batch=self.tokens_per_batch)
+        return [
+            (prompt, kl, same)
+            for prompt, (kl, same) in zip(self.reference.prompts, moved, strict=True)
+        ]
+
+
+def prediction_parts(
+    requests: Sequence[EditRequest], settings: EvaluationSettings
+) -> list[Predictions]:
+    """The parts that give a base's distributions."""
+    prompts, size = drift_prompts(requests, settings.drift_prompts), _PROMPTS_PER_DRIFT
+    return [
+        Predictions(
+            prompts=tuple(prompts[start : start + size]),
+            tokens_per_batch=settings.tokens_per_batch,
+        )
+        for start in range(0, len(prompts), size)
+    ]
+
+
+def side_effect_parts(
+    requests: Sequence[EditRequest],
+    *,
+    heldout: Sequence[Sequence[int]] | None = None,
+    reference: DriftReference | None = None,
+    settings: EvaluationSettings,
+) -> list[Part]:
+    """What is to be measured, the longest parts first.
+
+    Args:
+        requests: The facts.
+        heldout: Token ids of documents for the perplexity; None leaves it out.
+        reference: The base's distributions, from the measurement of the unedited model; None makes
+            the measured model the base, whose drift is 0 by definition.
+        settings: How much is measured.
+    """
+    size = _PROMPTS_PER_TEXTS
+    told = [request.text for request in requests[: settings.fluency_facts]]
+    asked = [
+        prompt
+        for request in consistency_sample(requests, settings)
+        for prompt in request.generation_prompts
+    ]
+    asked = list(dict.fromkeys(asked))
+    windows = heldout_windows(
+        heldout or (), window=settings.heldout_window, max_tokens=settings.heldout_tokens
+    )
+    batch = settings.tokens_per_batch
+    parts: list[Part] = [
+        Texts(prompts=tuple(asked[i : i + size]), tokens=settings.consistency_tokens)
+        for i in range(0, len(asked), size)
+    ]
+    parts += [
+        Entropies(prompts=tuple(told[i : i + size]), tokens=settings.fluency_tokens)
+        for i in range(0, len(told), size)
+    ]
+    parts += [
+        Likelihoods(windows=tuple(windows[i : i + _WINDOWS_PER_PART]), tokens_per_batch=batch)
+        for i in range(0, len(windows), _WINDOWS_PER_PART)
+    ]
+    if reference is None:
+        return [*parts, *prediction_parts(requests, settings)]
+    slices = reference.slices(_PROMPTS_PER_DRIFT)
+    return [*parts, *(Shift(reference=each, tokens_per_batch=batch) for each in slices)]
+
+
+def consistency_sample(
+    requests: Sequence[EditRequest], settings: EvaluationSettings
+) -> list[EditRequest]:
+    """The first facts that have what `consistency` is measured on."""
+    known = [r for r in requests if r.generation_prompts and r.references]
+    return known[: settings.consistency_facts]
+
+
+# ----------------------------------------------------------------------------------- the results
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SideEffects:
+    """What was measured of a model beside its facts."""
+
+    metrics: dict[str, float | None]
+    """`fluency`, `perplexity`, `drift_kl` and `drift_top1`; None without anything to measure."""
+    reference: DriftReference
+    """For the measurement of the edited model."""
+    divergences: dict[str, float] = field(default_factory=dict)
+    """KL(base ‖ model) of the next token after each drift prompt, in nats."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """What the model writes on each generation prompt, with it."""
+
+
+_Kind = TypeVar("_Kind")
+
+
+def side_effects_of(
+    parts: Sequence[Part], results: Sequence[Any], reference: DriftReference | None
+) -> SideEffects:
+    """Put what was measured of the parts together, in their order.
+
+    Args:
+        parts: What was measured.
+        results: What came out of each.
+        reference: That which the parts were made with.
+    """
+
+    def found(kind: type[Part]) -> list[Any]:
+        pairs = zip(parts, results, strict=True)
+        return [item for part, result in pairs if isinstance(part, kind) for item in result]
+
+    entropies = found(Entropies)
+    if reference is None:
+        reference = DriftReference.join(found(Predictions))
+        moved = [(prompt, 0.0, True) for prompt in reference.prompts]
+    else:
+        moved = found(Shift)
+    divergences = {prompt: kl for prompt, kl, _ in moved}
+    drift_kl, drift_top1 = _drift([(kl, same) for _, kl, same in moved]) or (None, None)
+    return SideEffects(
+        metrics={
+            "fluency": fmean(entropies) if entropies else None,
+            "perplexity": perplexity_of(found(Likelihoods)),
+            "drift_kl": drift_kl,
+            "drift_top1": drift_top1,
+        },
+        reference=reference,
+        divergences=divergences,
+        texts=dict(found(Texts)),
+    )
+
+
+# --------------------------------------------------------------------------------- the equations
 
 
 def ngram_entropy(text: str) -> float:
@@ -67,10 +329,8 @@ def ngram_entropy(text: str) -> float:
     return total / 2
 
 
-def drift_contexts(
-    tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest], limit: int
-) -> list[Ids]:
-    """Token ids of unique neighbourhood prompts, evenly spread over the facts, at most `limit`.
+def drift_prompts(requests: Sequence[EditRequest], limit: int) -> list[str]:
+    """Unique neighbourhood prompts, evenly spread over the facts, at most `limit`.
 
     A neighbour's prompt that another fact of the batch edits is left out.
     """
@@ -79,7 +339,7 @@ def drift_contexts(
     prompts = [prompt for prompt in prompts if prompt not in edited]
     if len(prompts) > limit:
         prompts = [prompts[i * len(prompts) // limit] for i in range(limit)]
-    return list(dict.fromkeys(tuple(encode(tokenizer, prompt)) for prompt in prompts))
+    return prompts
 
 
 def drift_reference(
@@ -100,21 +360,20 @@ def drift_reference(
     return DriftReference(contexts=tuple(contexts), logprobs_NV=logprobs_NV)
 
 
-def measure_drift(
+def divergences(
     model: PreTrainedModel,
     arch: Architecture | None,
     reference: DriftReference,
     *,
     tokens_per_batch: int | None = None,
-) -> tuple[float, float] | None:
-    """How far the next-token distribution moved from the base's, over the reference's contexts.
+) -> list[tuple[float, bool]]:
+    """How far the next-token distribution moved from the base's after each context.
 
     Returns:
-        Mean KL(base ‖ model) = Σ p_base (log p_base - log p_model), in nats, and the share of equal
-        argmax, in percent; None without a context.
+        KL(base ‖ model) = Σ p_base (log p_base - log p_model), in nats, and whether the argmax is
+        the same.
     """
-    divergences: list[float] = []
-    agreements: list[bool] = []
+    found: list[tuple[float, bool]] = [(0.0, True)] * len(reference.contexts)
     for places, logprobs_QV in next_token_logprobs(
         model, arch, reference.contexts, tokens_per_batch=tokens_per_batch
     ):
@@ -122,8 +381,27 @@ def measure_drift(
         kl_Q = torch.nn.functional.kl_div(
             logprobs_QV, base_QV, reduction="none", log_target=True
         ).sum(-1)
-        divergences += kl_Q.tolist()
-        agreements += (logprobs_QV.argmax(-1) == base_QV.argmax(-1)).tolist()
-    if not divergences:
+        same_Q = logprobs_QV.argmax(-1) == base_QV.argmax(-1)
+        for place, kl, same in zip(places, kl_Q.tolist(), same_Q.tolist(), strict=True):
+            found[place] = kl, same
+    return found
+
+
+def measure_drift(
+    model: PreTrainedModel,
+    arch: Architecture | None,
+    reference: DriftReference,
+    *,
+    tokens_per_batch: int | None = None,
+) -> tuple[float, float] | None:
+    """Mean KL(base ‖ model), in nats, and the share of equal argmax, in percent.
+
+    None without a context.
+    """
+    return _drift(divergences(model, arch, reference, tokens_per_batch=tokens_per_batch))
+
+
+def _drift(moved: Sequence[tuple[float, bool]]) -> tuple[float, float] | None:
+    if not moved:
         return None
-    return math.fsum(divergences) / len(divergences), 100 * fmean(agreements)
+    return math.fsum(kl for kl, _ in moved) / len(moved), 100 * fmean(same for _, same in moved)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from memedit.config import EvaluationSettings, SolveSettings, TargetSettings
 from memedit.errors import NumericalError
-from memedit.evaluate import SIDE_EFFECTS, evaluation_of
+from memedit.evaluate import evaluation_of, with_side_effects
 from memedit.executor import Executor, Failed
 from memedit.memory import is_out_of_memory, release_memory, trim_memory
 from memedit.moments import SecondMoment
@@ -27,7 +27,13 @@ from memedit.progress import Progress
 from memedit.prompts import EncodedRequest
 from memedit.reduction import reduce_rows
 from memedit.requests import EditRequest
-from memedit.side_effects import DriftReference
+from memedit.side_effects import (
+    DriftReference,
+    Part,
+    prediction_parts,
+    side_effect_parts,
+    side_effects_of,
+)
 from memedit.solve import (
     LayerProblem,
     Method,
@@ -366,7 +372,7 @@ def judge(
 ) -> tuple[Evaluation, DriftReference]:
     """All metrics of the workers' model on a batch of facts, and the base's distributions.
 
-    `heldout`, `reference` and `settings` are those of `memedit.evaluate.measure_side_effects`.
+    `heldout`, `reference` and `settings` are those of `memedit.side_effects.side_effect_parts`.
     """
     progress.start("evaluate", total=len(requests), unit="facts")
     size = FACTS_PER_SCORE_UNIT
@@ -381,21 +387,37 @@ def judge(
         if result.case_id not in results:
             progress.advance("evaluate", 1)
         results[result.case_id] = result
-    facts = tuple(results[request.case_id] for request in requests)
+    facts = [results[request.case_id] for request in requests]
     progress.finish("evaluate")
 
-    progress.start("evaluate", total=len(SIDE_EFFECTS), unit="measures")
-    told = requests[: settings.fluency_facts]
-    effects: list[tuple[Any, ...]] = [
-        ("drift", requests, (), reference, settings),
-        ("fluency", told, (), None, settings),
-        ("perplexity", (), heldout, None, settings),
-    ]
-    measures: dict[str, float | None] = {}
-    for _, (measured, found) in executor.map("damage", effects):
-        measures |= measured
-        reference = found or reference
-        progress.advance("evaluate", 1)
+    parts = side_effect_parts(requests, heldout=heldout, reference=reference, settings=settings)
+    measured = _measured(executor, parts, progress)
+    effects = side_effects_of(parts, measured, reference)
+    return (
+        evaluation_of(with_side_effects(facts, requests, effects), effects.metrics),
+        effects.reference,
+    )
+
+
+def predictions(
+    executor: Executor,
+    requests: Sequence[EditRequest],
+    *,
+    settings: EvaluationSettings,
+    progress: Progress,
+) -> DriftReference:
+    """The distributions of the workers' model, to measure the drift of another one against."""
+    parts = prediction_parts(requests, settings)
+    return side_effects_of(parts, _measured(executor, parts, progress), None).reference
+
+
+def _measured(executor: Executor, parts: Sequence[Part], progress: Progress) -> list[Any]:
+    """What comes out of each part; a part is done by any worker."""
+    found: dict[int, Any] = {}
+    progress.start("evaluate", total=len(parts), unit="measures")
+    for index, result in executor.map("damage", [(part,) for part in parts]):
+        if index not in found:
+            progress.advance("evaluate", 1)
+        found[index] = result
     progress.finish("evaluate")
-    assert reference is not None, "drift gives one"
-    return evaluation_of(facts, measures), reference
+    return [found[index] for index in range(len(parts))]

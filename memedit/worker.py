@@ -17,7 +17,7 @@ from torch import Tensor
 from memedit.architecture import check_additivity
 from memedit.config import EvaluationSettings, FineTuneSettings, TargetSettings
 from memedit.errors import NumericalError
-from memedit.evaluate import SideEffect, measure_side_effects, score_facts
+from memedit.evaluate import score_facts
 from memedit.files import Files
 from memedit.finetune import fine_tune
 from memedit.generate import greedy_continuations
@@ -31,7 +31,7 @@ from memedit.prompts import EncodedRequest
 from memedit.requests import EditRequest
 from memedit.sampling import sample_contexts, sample_windows
 from memedit.scoring import Completion, Ids, score_completions
-from memedit.side_effects import DriftReference, drift_reference, measure_drift
+from memedit.side_effects import DriftReference, Part, drift_reference, measure_drift
 from memedit.solve import Update
 from memedit.tally import Held, Tally
 from memedit.targets import Target, default_tokens_per_batch, optimise_targets
@@ -278,26 +278,10 @@ class Worker:
         yield greedy_continuations(loaded.model, loaded.tokenizer, prompts, tokens)
         trim_memory()
 
-    def damage(
-        self,
-        measure: SideEffect,
-        requests: Sequence[EditRequest],
-        heldout: Sequence[Sequence[int]],
-        reference: DriftReference | None,
-        settings: EvaluationSettings,
-    ) -> Iterator[tuple[dict[str, float | None], DriftReference | None]]:
-        """One side effect of the model as it is; see `measure_side_effects`."""
+    def damage(self, part: Part) -> Iterator[Any]:
+        """A part of the side effects of the model as it is; see `side_effect_parts`."""
         loaded = self.loaded
-        measured = measure_side_effects(
-            loaded.model,
-            loaded.tokenizer,
-            loaded.known_arch,
-            requests,
-            heldout=heldout,
-            reference=reference,
-            settings=settings,
-            measures=(measure,),
-        )
+        measured = part.of(loaded.model, loaded.tokenizer, loaded.known_arch)
         trim_memory()
         yield measured
 

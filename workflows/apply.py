@@ -27,6 +27,7 @@ from memedit.solve import Update
 from memedit.writing import whole_file
 from workflows.destination import destination
 from workflows.edit import FACTS_NAME, REJECTS_NAME, REPORT_NAME
+from workflows.judgements import FACTS_TABLE_NAME
 from workflows.models import resolve_model
 from workflows.product import patches_of
 from workflows.progress import Timed
@@ -34,7 +35,7 @@ from workflows.settings import new_run_id
 from workflows.version_settings import ApplyJob
 
 # Others would be written among the files of the base, or through hard links into them.
-_PARTS = (DELTA_NAME, FACTS_NAME, REJECTS_NAME, REPORT_NAME)
+_PARTS = (DELTA_NAME, FACTS_NAME, FACTS_TABLE_NAME, REJECTS_NAME, REPORT_NAME)
 
 
 def run_apply(job: ApplyJob, progress: Progress) -> Mapping[str, Any]:

@@ -11,11 +11,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from cluster.artifacts import Artifacts, open_artifacts
@@ -24,7 +21,7 @@ from memedit.config import ONE_LAYER, MethodName
 from memedit.errors import InputError, MemeditError, NumericalError
 from memedit.executor import Executor
 from memedit.manifest import code_versions
-from memedit.outcome import Evaluation, FactResult, RepairRound
+from memedit.outcome import Evaluation, RepairRound
 from memedit.progress import Progress
 from memedit.requests import EditRequest
 from memedit.side_effects import DriftReference
@@ -33,7 +30,8 @@ from memedit.stages import judge
 from memedit.writing import whole_file
 from workflows.editing import Edited, Editing
 from workflows.facts import FactTable, read_facts
-from workflows.findings import plural
+from workflows.findings import SHOWN_RELATIONS, plural
+from workflows.judgements import relation_metrics, write_judgements
 from workflows.moments import TokenSource, corpus_of, load_stats, moments_for
 from workflows.progress import Timed
 from workflows.protection import protection_for
@@ -75,6 +73,7 @@ class Compared:
     def summary(self) -> dict[str, Any]:
         """Without the judgements of single facts."""
         found = self.evaluation
+        facts = found.facts if found is not None else ()
         return {
             "method": self.method,
             "edits": self.edits,
@@ -82,6 +81,7 @@ class Compared:
             "lam": self.lam,
             "metrics": None if found is None else dict(found.metrics),
             "intervals": {} if found is None else {n: list(p) for n, p in found.intervals.items()},
+            "relations": [r.summary() for r in relation_metrics(facts, most=SHOWN_RELATIONS)],
             "seconds": self.seconds,
             "moved": self.moved,
             "repairs": [asdict(each) for each in self.repairs],
@@ -135,7 +135,14 @@ def run_compare(job: CompareJob, progress: Progress) -> Mapping[str, Any]:
             "versions": code_versions(),
             "timings_s": timed.timings_s,
         }
-        _write_judgements(publication.staging / JUDGEMENTS_NAME, rows, table.batch.requests)
+        write_judgements(
+            publication.staging / JUDGEMENTS_NAME,
+            (
+                ({"method": row.method, "edits": row.edits}, row.evaluation.facts)
+                for row in rows
+                if row.evaluation is not None
+            ),
+        )
         from workflows.comparison_page import write_comparison  # brings matplotlib
 
         write_comparison(result, publication.staging / PAGE_NAME)
@@ -287,36 +294,3 @@ class _Comparison:
             settings=self.job.evaluation_settings,
             progress=self.progress,
         )
-
-
-def _write_judgements(
-    path: Path, rows: Sequence[Compared], requests: Sequence[EditRequest]
-) -> None:
-    """Every judgement of every fact, one a row; a relation is the facts' template."""
-    relations = {request.case_id: request.prompt for request in requests}
-    found = [
-        {
-            "method": row.method,
-            "edits": row.edits,
-            "relation": relations[fact.case_id],
-            **fact.to_dict(),
-        }
-        for row in rows
-        if row.evaluation is not None
-        for fact in row.evaluation.facts
-    ]
-    with whole_file(path) as partial:
-        pq.write_table(pa.Table.from_pylist(found, schema=_schema()), partial)
-
-
-def _schema() -> pa.Schema:
-    kinds = {
-        "str": pa.string(),
-        "bool": pa.bool_(),
-        "float": pa.float64(),
-        "tuple[bool, ...]": pa.list_(pa.bool_()),
-    }
-    fields = [("method", pa.string()), ("edits", pa.int64()), ("relation", pa.string())]
-    for name, kind in FactResult.__annotations__.items():
-        fields.append((name, kinds[kind.removesuffix(" | None")]))
-    return pa.schema(fields)

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from memedit.writing import whole_file
-from workflows.findings import METRIC, METRICS, interval_text
+from workflows.findings import METRIC, METRICS, interval_text, metrics_to_show, plural
 from workflows.pages import page_templates
 from workflows.plots import INK, MUTED, SERIES, themed_svg
 
@@ -26,13 +26,12 @@ def write_comparison(result: Mapping[str, Any], path: Path) -> None:
     rows = result["rows"]
     text = environment.get_template("comparison.html.j2").render(
         result=result,
-        metrics=[
-            metric
-            for metric in METRICS
-            if any(row["metrics"] and row["metrics"].get(metric.key) is not None for row in rows)
-        ],
+        metrics=metrics_to_show(*(row["metrics"] or {} for row in rows)),
         groups=[
-            [_cells(row) for row in rows if row["edits"] == edits]
+            (
+                [_cells(row) for row in rows if row["edits"] == edits],
+                relations_of([row for row in rows if row["edits"] == edits]),
+            )
             for edits in dict.fromkeys(row["edits"] for row in rows)
         ],
         plots=[
@@ -50,11 +49,33 @@ def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
     shown = {
         metric.key: (
             metric.show(found.get(metric.key)),
-            interval_text(row["intervals"].get(metric.key)).replace("-", "\N{EN DASH}"),
+            interval_text(row["intervals"].get(metric.key), metric).replace("-", "\N{EN DASH}"),
         )
         for metric in METRICS
     }
     return {**row, "shown": shown}
+
+
+OF_A_RELATION = "score", "efficacy_exact"
+"""Of these the first that all facts have is shown by relation."""
+
+
+def relations_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """A metric of each relation for each method, of rows with the same facts; None with one."""
+    judged = [row for row in rows if row["metrics"]]
+    if not judged or len(judged[0]["relations"]) < 2:
+        return None
+    key = next(k for k in OF_A_RELATION if judged[0]["metrics"][k] is not None)
+    metric, lines = METRIC[key], []
+    for of_methods in zip(*(row["relations"] for row in judged), strict=True):
+        first = of_methods[0]
+        cells = [
+            (metric.show(r["metrics"].get(key)), interval_text(r["intervals"].get(key), metric))
+            for r in of_methods
+        ]
+        name = first["relation"] or plural(first["relations"], "other relation")
+        lines.append({"name": name, "facts": first["facts"], "cells": cells})
+    return {"metric": metric, "methods": [row["method"] for row in judged], "lines": lines}
 
 
 def curves_plot(rows: Sequence[Mapping[str, Any]], key: str) -> str:

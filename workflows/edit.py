@@ -37,6 +37,7 @@ from memedit.targets import Target
 from workflows.destination import destination
 from workflows.editing import Editing
 from workflows.facts import FactTable, read_facts, write_facts, write_rejects
+from workflows.judgements import FACTS_TABLE_NAME, write_judgements
 from workflows.moments import TokenSource, corpus_of, load_stats, moments_for
 from workflows.product import Product, make_product
 from workflows.progress import Timed
@@ -244,6 +245,13 @@ def edit_facts(
     write_facts(publication.staging / FACTS_NAME, batch.requests)
     if table.rejects:
         write_rejects(publication.staging / REJECTS_NAME, table.rejects)
+    write_judgements(
+        publication.staging / FACTS_TABLE_NAME,
+        (
+            ({"model": name}, evaluation.facts)
+            for name, evaluation in (("before", outcome.before), ("after", outcome.after))
+        ),
+    )
     outcome = replace(outcome, timings_s=timed.timings_s)
     # Brings matplotlib, which need not lie in memory while the work is done.
     from workflows.report import write_report

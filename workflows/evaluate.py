@@ -1,26 +1,38 @@
-"""`memedit evaluate`: the metrics of a checkpoint on a fact table. Changes nothing."""
+"""`memedit evaluate`: the metrics of a checkpoint on a fact table. Changes nothing.
+
+With `out` the result and the judgement of each fact lie there, too, whole or not at all.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, Literal
 
+from cluster.publication import open_publication
 from memedit.checkpoint import Checkpoint
 from memedit.errors import InputError
-from memedit.executor import InlineExecutor
 from memedit.files import Files
 from memedit.model import ModelSpec, load_config, load_tokenizer, positions_of
+from memedit.outcome import FactResult
 from memedit.progress import Progress
 from memedit.prompts import check_prompts, encode
 from memedit.requests import EditRequest
-from memedit.stages import judge, once
+from memedit.stages import judge, predictions
+from memedit.writing import whole_file
 from workflows.corpora import open_corpus
 from workflows.facts import FactTable, read_facts
+from workflows.judgements import FACTS_TABLE_NAME, relation_metrics, write_judgements
 from workflows.models import resolve_model
 from workflows.moments import CHARACTERS_PER_TOKEN
 from workflows.progress import Timed
-from workflows.session import device_of_job, sift
-from workflows.settings import EvaluateJob, ModelJob
+from workflows.session import device_of_job, gpus_of_job, open_workers, sift
+from workflows.settings import EvaluateJob, ModelJob, new_run_id
+
+RESULTS_NAME = "results.json"
+"""The last by name, so written last: a place that has it is finished."""
 
 
 def run_evaluate(job: EvaluateJob, progress: Progress) -> Mapping[str, Any]:
@@ -30,6 +42,25 @@ def run_evaluate(job: EvaluateJob, progress: Progress) -> Mapping[str, Any]:
         InputError: The input or the settings are wrong, or the weights hold NaN.
     """
     timed = Timed(progress)
+    with ExitStack() as stack:
+        publication = None
+        if job.out is not None:
+            run_id = job.run_id or new_run_id()
+            publication = stack.enter_context(
+                open_publication(job.out, run_id=run_id, storage=job.storage_settings)
+            )
+        result, facts = _evaluated(job, timed)
+        if publication is not None:
+            write_judgements(publication.staging / FACTS_TABLE_NAME, [({}, facts)])
+            result["out"] = publication.location
+            with whole_file(publication.staging / RESULTS_NAME) as partial:
+                partial.write_text(json.dumps(result, indent=2) + "\n")
+            publication.appear()
+    return result
+
+
+def _evaluated(job: EvaluateJob, timed: Timed) -> tuple[dict[str, Any], Sequence[FactResult]]:
+    """The result as plain values, and the judgements in it."""
     timed.start("load")
     table = read_facts(job.facts, on_bad_row=job.on_bad_row)
     settings = job.evaluation_settings
@@ -47,12 +78,14 @@ def run_evaluate(job: EvaluateJob, progress: Progress) -> Mapping[str, Any]:
     for files in places:
         Checkpoint.open(files, cache=job.cache_folder).check_finite()
     requests = table.batch.requests
+    if base_spec is None:  # nothing to compare with
+        settings = replace(settings, drift_prompts=0)
     reference = None
-    if base_spec is not None:
-        with InlineExecutor(base_spec) as executor:
-            _, reference = once(executor, "damage", "drift", requests, (), None, settings)
-    with InlineExecutor(spec) as executor:
+    with open_workers(job, base_spec or spec, timed) as executor:
         timed.finish("load")
+        if base_spec is not None:
+            reference = predictions(executor, requests, settings=settings, progress=timed)
+            executor.broadcast("load", spec)
         evaluation, _ = judge(
             executor,
             requests,
@@ -61,10 +94,7 @@ def run_evaluate(job: EvaluateJob, progress: Progress) -> Mapping[str, Any]:
             settings=settings,
             progress=timed,
         )
-    metrics = evaluation.metrics
-    if reference is None:
-        metrics = {**metrics, "drift_kl": None, "drift_top1": None}  # nothing to compare with
-    return {
+    result = {
         "model": job.model,
         "facts": {
             "read": table.read,
@@ -72,11 +102,14 @@ def run_evaluate(job: EvaluateJob, progress: Progress) -> Mapping[str, Any]:
             "rejected": len(table.rejects),
             "duplicates": len(table.duplicates),
         },
-        "metrics": metrics,
+        "metrics": dict(evaluation.metrics),
         "intervals": {name: list(pair) for name, pair in evaluation.intervals.items()},
+        "relations": [r.summary() for r in relation_metrics(evaluation.facts)],
         "per_fact": [fact.to_dict() for fact in evaluation.facts],
         "timings_s": timed.timings_s,
+        "out": None,
     }
+    return result, evaluation.facts
 
 
 def _readable(
@@ -134,6 +167,7 @@ def spec_of(job: ModelJob, name: str, progress: Progress) -> ModelSpec:
         files=resolved.files,
         device=device_of_job(job),
         dtype=job.dtype,
+        gpus=gpus_of_job(job),
         overrides=dict(job.architecture),
         editable=False,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from workflows.findings import METRICS, plural
+from workflows.findings import metrics_to_show, plural
 from workflows.tables import rows_table
 
 
@@ -43,7 +43,7 @@ def ingest_tables(outcome: Any) -> Iterable[Table | str]:
     before, after = (outcome.metrics.get(when) or {} for when in ("before", "after"))
     shown = [
         (m.label, m.show(before.get(m.key)), m.show(after.get(m.key)))
-        for m in METRICS
+        for m in metrics_to_show(before, after)
         if after.get(m.key) is not None
     ]
     if shown:

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 from cluster.store import is_remote, open_file
 from memedit.errors import InputError
 from memedit.files import File
-from memedit.layouts import STRUCTURED, layout_of, read_row, to_row
+from memedit.layouts import STRUCTURED, layout_of, read_row, split_row, to_row
 from memedit.requests import Duplicate, EditBatch, EditRequest, Provenance, resolve
 from memedit.writing import whole_file
 
@@ -124,7 +124,7 @@ def read_facts(path: str | os.PathLike[str], *, on_bad_row: OnBadRow = "fail") -
     accepted: list[EditRequest] = []
     rejects: list[Reject] = []
     read = 0
-    for row, raw in rows_of(file):
+    for row, raw in ((row, raw) for row, whole in rows_of(file) for raw in split_row(whole)):
         read += 1
         if isinstance(raw, Unreadable):
             rejects.append(

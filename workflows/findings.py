@@ -7,7 +7,7 @@ Knows what the metrics mean and how to say it; knows neither terminals nor HTML
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +30,8 @@ class Metric:
     """A change smaller than this is called the same."""
     needs: str
     """What it is measured on."""
+    repeats: str | None = None
+    """The metric that it equals where every object is one token; then it is not shown."""
 
     def show(self, value: float | None) -> str:
         """The value for reading; `n/a` where there is none."""
@@ -44,9 +46,10 @@ class Metric:
         return f"{change:+.{self.decimals}f}", "same" if abs(change) < self.noise else tone
 
 
-def interval_text(interval: Sequence[float] | None) -> str:
-    """A 95% interval in percent, as `92-98`; nothing where there is none."""
-    return "" if interval is None else f"{interval[0]:.0f}-{interval[1]:.0f}"
+def interval_text(interval: Sequence[float] | None, metric: Metric | None = None) -> str:
+    """A 95% interval, as `92-98`, or as its metric is shown; nothing where there is none."""
+    decimals = 0 if metric is None or metric.percent else metric.decimals
+    return "" if interval is None else "-".join(f"{bound:.{decimals}f}" for bound in interval)
 
 
 def _real(value: float | None) -> bool:
@@ -97,7 +100,46 @@ METRICS = (
         meaning="the same, on facts about other subjects",
     ),
     Metric(
+        key="efficacy_accuracy",
+        needs="facts",
+        label="Efficacy, tokens",
+        meaning="tokens that are the model's first choice",
+        repeats="efficacy_exact",
+    ),
+    Metric(
+        key="paraphrase_accuracy",
+        needs="paraphrases",
+        label="Paraphrase, tokens",
+        meaning="the same, on reworded prompts",
+        repeats="paraphrase_exact",
+    ),
+    Metric(
+        key="neighbourhood_accuracy",
+        needs="neighbourhood prompts",
+        label="Neighbourhood, tokens",
+        meaning="the same, on facts about other subjects",
+        repeats="neighbourhood_exact",
+    ),
+    Metric(
+        key="attribute",
+        needs="attribute prompts of facts with a target_true",
+        label="Attribute",
+        meaning="other subjects that have the new object still do",
+    ),
+    Metric(
+        key="portability",
+        needs="portability prompts",
+        label="Portability",
+        meaning="tokens of what follows from the facts are first choice",
+    ),
+    Metric(
         key="generation", needs="facts", label="Generation", meaning="free text says the new object"
+    ),
+    Metric(
+        key="consistency",
+        needs="facts with generation_prompts and references",
+        label="Consistency",
+        meaning="free text is like texts about such subjects",
     ),
     Metric(
         key="fluency",
@@ -119,6 +161,16 @@ METRICS = (
         noise=0.05,
     ),
     Metric(
+        key="neighbourhood_kl",
+        needs="neighbourhood prompts (evaluation.drift_prompts)",
+        label="Neighbourhood, KL",
+        meaning="shift of the next token for neighbours; lower is better",
+        percent=False,
+        higher_is_better=False,
+        decimals=3,
+        noise=0.005,
+    ),
+    Metric(
         key="drift_kl",
         needs="neighbourhood prompts (evaluation.drift_prompts)",
         label="Drift, KL",
@@ -138,6 +190,16 @@ METRICS = (
 METRIC = {m.key: m for m in METRICS}
 
 
+def metrics_to_show(*measured: Mapping[str, float | None]) -> list[Metric]:
+    """The metrics that one of some models has, without those that repeat another in all of them."""
+
+    def says_more(metric: Metric) -> bool:
+        found = [(m.get(metric.key), m.get(metric.repeats or "")) for m in measured]
+        return any(value is not None and value != other for value, other in found)
+
+    return [metric for metric in METRICS if says_more(metric)]
+
+
 def resting_on(facts: Sequence[FactResult]) -> dict[str, int]:
     """How many judgements each metric of facts is a share of."""
     compared = [f for f in facts if f.efficacy is not None]
@@ -148,8 +210,21 @@ def resting_on(facts: Sequence[FactResult]) -> dict[str, int]:
         "efficacy_exact": len(facts),
         "paraphrase_exact": sum(len(f.paraphrase_exact) for f in facts),
         "neighbourhood_exact": sum(len(f.neighbourhood_exact) for f in facts),
+        "efficacy_accuracy": len(facts),
+        "paraphrase_accuracy": sum(len(f.paraphrase_accuracy) for f in facts),
+        "neighbourhood_accuracy": sum(len(f.neighbourhood_accuracy) for f in facts),
+        "attribute": sum(len(f.attribute) for f in facts),
+        "portability": sum(len(f.portability) for f in facts),
         "generation": len(facts),
+        "consistency": sum(f.consistency is not None for f in facts),
+        "neighbourhood_kl": sum(f.neighbourhood_kl is not None for f in facts),
     }
+
+
+SHOWN_RELATIONS = 12
+"""How many relations a page or a terminal shows by themselves."""
+OF_A_RELATION = ("score", "efficacy", "efficacy_exact", "paraphrase", "neighbourhood")
+"""The metrics that they are shown with."""
 
 
 def plural(count: int, noun: str) -> str:

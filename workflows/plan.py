@@ -33,7 +33,7 @@ from memedit.cost import (
 )
 from memedit.defaults import defaults_for
 from memedit.errors import InputError
-from memedit.evaluate import GENERATION_EXTRA_TOKENS
+from memedit.evaluate import GENERATION_EXTRA_TOKENS, questions
 from memedit.model import DTYPES, load_config, load_tokenizer
 from memedit.progress import Progress
 from memedit.prompts import encode, encode_completion
@@ -392,10 +392,7 @@ def _judged(
 
 def _asked(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> Iterator[tuple[int, ...]]:
     """The contexts after which the evaluation of a fact reads a distribution."""
-    new, true = request.target_new, request.target_true
-    asked = [(p, t) for p in (request.text, *request.paraphrases) for t in (new, true) if t]
-    asked += [(n.prompt, t) for n in request.neighbourhood for t in (n.target, new)]
-    for prompt, target in asked:
+    for prompt, target in questions(request):
         prompt_ids, target_ids = encode_completion(tokenizer, prompt, target)
         for end in range(len(target_ids)):
             yield (*prompt_ids, *target_ids[:end])

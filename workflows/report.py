@@ -14,16 +14,19 @@ from typing import Any
 
 from markupsafe import Markup
 
+from memedit.evaluate import summarise
 from memedit.outcome import EditOutcome, FactResult
 from memedit.writing import whole_file
 from workflows.findings import (
     METRIC,
-    METRICS,
+    OF_A_RELATION,
     REASONS,
+    SHOWN_RELATIONS,
     Failure,
     failures,
     interval_text,
     layers_text,
+    metrics_to_show,
     plural,
     probability,
     resting_on,
@@ -31,6 +34,7 @@ from workflows.findings import (
     verdict,
     weakest,
 )
+from workflows.judgements import FACTS_TABLE_NAME, relation_metrics
 from workflows.pages import page_templates
 from workflows.plots import loss_plot, metrics_plot, norms_plot
 from workflows.progress import duration
@@ -66,6 +70,7 @@ def _context(outcome: EditOutcome) -> dict[str, Any]:
     counts = Counter(f.reason for f in found)
     targets = outcome.settings.get("targets")
     threshold = targets.get("loss_threshold") if isinstance(targets, Mapping) else None
+    shown = metrics_to_show(before, after)
     return {
         "outcome": outcome,
         "verdict": verdict(outcome),
@@ -76,18 +81,20 @@ def _context(outcome: EditOutcome) -> dict[str, Any]:
             _row(m.key, before, after)
             | {
                 "count": resting.get(m.key),
-                "interval": interval_text(outcome.after.intervals.get(m.key)).replace(
+                "interval": interval_text(outcome.after.intervals.get(m.key), m).replace(
                     "-", "\N{EN DASH}"
                 ),
             }
-            for m in METRICS
-            if before.get(m.key) is not None or after.get(m.key) is not None
+            for m in shown
         ],
         "metrics_plot": Markup(
             metrics_plot(
-                [(m.label, before.get(m.key), after.get(m.key)) for m in METRICS if m.percent]
+                [(m.label, before.get(m.key), after.get(m.key)) for m in shown if m.percent]
             )
         ),
+        "relations": _relations(outcome),
+        "facts_table": FACTS_TABLE_NAME,
+        "relation_metrics": [METRIC[key] for key in OF_A_RELATION if after.get(key) is not None],
         "loss_plot": Markup(loss_plot(outcome.traces, threshold)),
         "norms_plot": Markup(norms_plot(outcome.updates)),
         "n_converged": sum(t.converged for t in outcome.traces),
@@ -121,6 +128,34 @@ def _row(
         "change": change.replace("-", "\N{MINUS SIGN}"),
         "tone": tone,
     }
+
+
+def _relations(outcome: EditOutcome) -> list[dict[str, Any]]:
+    """A row a relation: its metrics after the edit with their intervals, and those before."""
+    rows = relation_metrics(outcome.after.facts, most=SHOWN_RELATIONS)
+    if len(rows) < 2:
+        return []
+    own = {row.relation for row in rows}
+    before: dict[str, list[FactResult]] = {}
+    for fact in outcome.before.facts:
+        before.setdefault(fact.relation if fact.relation in own else "", []).append(fact)
+    return [
+        {
+            "name": row.name,
+            "facts": f"{row.facts:,}",
+            "cells": [
+                {
+                    "before": METRIC[key].show(old[key]) if old[key] is not None else "",
+                    "after": METRIC[key].show(row.metrics.get(key)),
+                    "interval": interval_text(row.intervals.get(key)).replace("-", "\N{EN DASH}"),
+                }
+                for key in OF_A_RELATION
+                if outcome.after.metrics.get(key) is not None
+            ],
+        }
+        for row in rows
+        for old in (summarise(before.get(row.relation, [])),)
+    ]
 
 
 def _failure(failure: Failure) -> dict[str, Any]:

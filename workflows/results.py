@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -16,7 +16,12 @@ from workflows.fact_tables import (
     rejects_tables,
     why_tables,
 )
-from workflows.findings import METRIC, METRICS, interval_text
+from workflows.findings import (
+    METRIC,
+    SHOWN_RELATIONS,
+    interval_text,
+    metrics_to_show,
+)
 from workflows.submit_tables import run_table, runs_table
 from workflows.tables import (
     before_after_table,
@@ -85,17 +90,40 @@ def show_metrics(result: Mapping[str, Any], stream: TextIO) -> None:
         (
             metric.label,
             metric.show(metrics[metric.key]),
-            interval_text(result["intervals"].get(metric.key)),
+            interval_text(result["intervals"].get(metric.key), metric),
             metric.meaning,
         )
-        for metric in METRICS
-        if metrics.get(metric.key) is not None
+        for metric in metrics_to_show(metrics)
     ]
     console = _console(stream)
     console.print(rows_table(None, ("metric", "value", "95%", "meaning"), rows))
+    _show_relations(result["relations"], console)
     facts = result["facts"]
+    if result["out"]:
+        console.print(f"all of it: {result['out']}")
     if facts["rejected"]:
         console.print(f"{facts['accepted']} of {facts['read']} rows judged; the others are wrong")
+
+
+_OF_A_RELATION = ("score", "efficacy_exact", "neighbourhood")
+"""As many as 80 columns hold."""
+
+
+def _show_relations(relations: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """A line a relation, where some have several facts."""
+    shown = [row for row in relations if row["facts"] > 1][:SHOWN_RELATIONS]
+    if len(relations) < 2 or not shown:
+        return
+    keys = [key for key in _OF_A_RELATION if any(key in row["metrics"] for row in shown)]
+    rows = []
+    for row in shown:
+        cells = [f"{row['facts']:,}"]
+        for key in keys:
+            interval = interval_text(row["intervals"].get(key))
+            cells.append(f"{METRIC[key].show(row['metrics'].get(key))} {interval}".strip())
+        rows.append((*cells, row["relation"]))
+    names = ("facts", *(METRIC[key].label for key in keys), "relation")
+    console.print(rows_table(None, names, rows))
 
 
 _COMPARED = ("score", "efficacy", "efficacy_exact", "paraphrase", "neighbourhood", "drift_kl")

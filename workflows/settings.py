@@ -112,23 +112,9 @@ class ModelJob(Job):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkJob(ModelJob):
+class SpreadJob(ModelJob):
     """A job whose work can be spread over processes and machines."""
 
-    corpus: str = option(
-        "self",
-        "Text for the second moments: Parquet, JSON lines or text files (column `text`),"
-        " a Hugging Face dataset id, or self (sampled from the model; no data needed).",
-        group="Input",
-        metavar="CORPUS",
-        location=True,
-    )
-    layers: tuple[int, ...] | None = option(
-        None,
-        "The layers to edit, such as 5-9 or 5,6,9. [default: by model family]",
-        group="Method",
-        metavar="LAYERS",
-    )
     executor: Literal["inline", "ray"] = option(
         "inline",
         "One process, or Ray actors (started locally without --address).",
@@ -167,6 +153,26 @@ class WorkJob(ModelJob):
         group="Machine",
         metavar="S",
         at_least=1,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkJob(SpreadJob):
+    """A job that counts second moments, or edits with them."""
+
+    corpus: str = option(
+        "self",
+        "Text for the second moments: Parquet, JSON lines or text files (column `text`),"
+        " a Hugging Face dataset id, or self (sampled from the model; no data needed).",
+        group="Input",
+        metavar="CORPUS",
+        location=True,
+    )
+    layers: tuple[int, ...] | None = option(
+        None,
+        "The layers to edit, such as 5-9 or 5,6,9. [default: by model family]",
+        group="Method",
+        metavar="LAYERS",
     )
     artifacts: str | None = option(
         None,
@@ -415,7 +421,7 @@ class CompareJob(FactsJob, StoringJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateJob(ModelJob):
+class EvaluateJob(SpreadJob, StoringJob):
     """`memedit evaluate`: the metrics of a checkpoint on a fact table."""
 
     facts: str = option(
@@ -431,6 +437,14 @@ class EvaluateJob(ModelJob):
         "The checkpoint before the edit, to measure the drift against.",
         metavar="MODEL",
         location=True,
+    )
+    out: str | None = option(
+        None,
+        "Folder or s3:// prefix for the result and a table of facts (Parquet); new or empty."
+        " [default: printed only]",
+        group="Output",
+        metavar="PLACE",
+        location="path",
     )
     text: str | None = option(
         None,

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from memedit.outcome import EditOutcome, FactResult
-from workflows.findings import METRICS, interval_text, resting_on, sample
+from workflows.findings import interval_text, metrics_to_show, resting_on, sample
 
 _TONES = {"better": "blue", "worse": "dark_orange3", "same": "dim"}
 """Blue against orange: told apart by every common kind of colour blindness."""
@@ -42,10 +42,8 @@ def before_after_table(outcome: EditOutcome) -> Table:
     table.add_column("95%", justify="right", no_wrap=True, style="dim")
     table.add_column("of", justify="right", no_wrap=True, style="dim")
     counts = resting_on(outcome.after.facts)
-    for metric in METRICS:
+    for metric in metrics_to_show(before, after):
         old, new = before.get(metric.key), after.get(metric.key)
-        if old is None and new is None:
-            continue
         change, tone = metric.change(old, new)
         unit = " %" if metric.percent else ""
         table.add_row(
@@ -54,7 +52,7 @@ def before_after_table(outcome: EditOutcome) -> Table:
             Text(metric.show(new), style="bold"),
             Text(change, style=_TONES[tone]),
             Text(tone if change else "", style=_TONES[tone]),
-            interval_text(outcome.after.intervals.get(metric.key)),
+            interval_text(outcome.after.intervals.get(metric.key), metric),
             f"{counts[metric.key]:,}" if metric.key in counts else "",
             end_section=metric.key in ("score", "generation"),
         )

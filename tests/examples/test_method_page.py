@@ -1,4 +1,4 @@
-"""docs/method.md maps equations to functions: each name in it has to be there."""
+"""docs/method.md and metrics.md map equations to functions: each name in them has to be there."""
 
 from __future__ import annotations
 
@@ -8,18 +8,34 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[2] / "docs" / "method.md"
+from memedit.outcome import METRIC_KEYS
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = ("method.md", "metrics.md")
 PACKAGES = ("memedit", "cluster", "workflows")
 NAME = re.compile(r"`((?:(?:cluster|workflows)\.)?[a-z_]+(?:\.[A-Za-z_]\w*)+)`")
 
 
-def names() -> list[str]:
-    return sorted(set(NAME.findall(PAGE.read_text(encoding="utf-8"))) - {"glossary.md"})
+# Settings and fields of rows, which look alike.
+NOT_FUNCTIONS = {"glossary.md", "evaluation.drift_prompts", "requested_rewrite.relation_id"}
+NOT_FUNCTIONS |= {"attribute_snippets.json", "results.json", "facts.parquet", "judgements.parquet"}
+
+
+def names(*pages: str) -> list[str]:
+    texts = ((DOCS / page).read_text(encoding="utf-8") for page in pages or PAGES)
+    return sorted({name for text in texts for name in NAME.findall(text)} - NOT_FUNCTIONS)
 
 
 def test_the_page_names_functions_of_every_step() -> None:
-    modules = {name.split(".")[0] for name in names()}
+    modules = {name.split(".")[0] for name in names("method.md")}
     assert {"prompts", "moments", "targets", "keys", "solve", "stages", "patching"} <= modules
+
+
+def test_the_page_of_metrics_has_all_of_them() -> None:
+    text = (DOCS / "metrics.md").read_text(encoding="utf-8")
+    for key in METRIC_KEYS:
+        stem = f"…_{key.rpartition('_')[2]}"
+        assert f"| `{key}` |" in text or f"| `{stem}` |" in text, key
 
 
 @pytest.mark.parametrize("name", names())

@@ -8,6 +8,7 @@ in another order, so they agree to 1e-12.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from cluster.executors import open_executor
-from memedit import collect, stages
+from memedit import collect, side_effects, stages
 from memedit.architecture import Architecture
 from memedit.config import EvaluationSettings, MomentSettings, SolveSettings, TargetSettings
 from memedit.executor import Executor
@@ -26,6 +27,7 @@ from memedit.moments import SecondMoment
 from memedit.progress import Silent
 from memedit.prompts import EncodedRequest, encode_request
 from memedit.requests import EditRequest, Neighbour
+from memedit.side_effects import DriftReference
 from memedit.solve import METHODS
 from memedit.targets import Target
 from tests.cluster.processes import comes_true, processes_with
@@ -43,7 +45,14 @@ REQUESTS = [
         target_new=PLACES[i % 5],
         target_true=PLACES[(i + 1) % 5],
         paraphrases=(f"You know where {subject} is, in",),
-        neighbourhood=(Neighbour(prompt="Toyota produces cars in", target="Japan"),),
+        neighbourhood=(
+            Neighbour(prompt="Toyota produces cars in", target="Japan"),
+            Neighbour(prompt=f"The capital of {PLACES[i % 5]} is", target="Rome"),
+        ),
+        attributes=(f"The city of {PLACES[i % 4]} is in",),
+        portability=(Neighbour(prompt=f"The language of {subject} is", target="French"),),
+        generation_prompts=(f"{subject} stands in", f"Near {subject} there is"),
+        references=(f"{PLACES[i % 5]} is a city of towers.", "It belongs to Europe."),
     )
     for i, (subject, prompt) in enumerate(
         (subject, prompt)
@@ -53,7 +62,8 @@ REQUESTS = [
 ]
 TARGETS = TargetSettings(steps=6, lr=0.2, tokens_per_batch=40)
 JUDGEMENT = EvaluationSettings(
-    drift_prompts=4, fluency_facts=2, fluency_tokens=5, heldout_tokens=64, heldout_window=32
+    **dict(drift_prompts=5, fluency_facts=3, fluency_tokens=5),
+    **dict(consistency_facts=7, consistency_tokens=6, heldout_tokens=96, heldout_window=32),
 )
 
 
@@ -70,6 +80,8 @@ def small_units() -> Iterator[None]:
         patch.setattr(stages, "_BATCHES_PER_UNIT", 1)
         patch.setattr(stages, "FACTS_PER_KEY_UNIT", 5)
         patch.setattr(stages, "FACTS_PER_SCORE_UNIT", 5)
+        for name in ("_PROMPTS_PER_TEXTS", "_PROMPTS_PER_DRIFT", "_WINDOWS_PER_PART"):
+            patch.setattr(side_effects, name, 2)
         yield
 
 
@@ -246,18 +258,52 @@ def test_targets_keys_and_updates(
     assert not torch.equal(base.current_NO, states[0])
 
 
-def test_judgements(both: tuple[Executor, Executor]) -> None:
-    heldout = [window[:32] for window in windows()[:2]]
-    first, second = (
-        stages.judge(
+def test_judgements(both: tuple[Executor, Executor], tmp_path: Path) -> None:
+    """Side effects, too, of which each is spread over both workers, before and after an edit."""
+    heldout = [window[:32] for window in windows()[:3]]
+    parts = side_effects.side_effect_parts(REQUESTS, heldout=heldout, settings=JUDGEMENT)
+    counts = Counter(type(part).__name__ for part in parts)
+    assert counts == {"Texts": 3, "Entropies": 2, "Likelihoods": 2, "Predictions": 3}
+
+    def judged(executor: Executor, reference: DriftReference | None) -> tuple[Any, DriftReference]:
+        return stages.judge(
             executor,
             REQUESTS,
             heldout=heldout,
-            reference=None,
+            reference=reference,
             settings=JUDGEMENT,
             progress=Silent(),
-        )[0]
-        for executor in both
-    )
+        )
+
+    (first, reference), (second, other) = (judged(executor, None) for executor in both)
     assert first == second
     assert len(first.facts) == len(REQUESTS)
+    assert all(value is not None for value in first.metrics.values())
+    assert reference.prompts == other.prompts and len(reference.prompts) == 5
+    assert torch.equal(reference.logprobs_NV, other.logprobs_NV)
+    edited = save_tiny(tmp_path / "edited", seed=1, bos=True)
+    for executor in both:
+        executor.broadcast("load", ModelSpec(files=LocalFiles(edited)))
+    (third, _), (fourth, _) = (judged(executor, reference) for executor in both)
+    assert third == fourth
+    assert third.metrics["neighbourhood_kl"] > 0.01 < third.metrics["drift_kl"]
+
+
+def test_predictions_are_those_that_a_judgement_of_the_base_gives(
+    both: tuple[Executor, Executor],
+) -> None:
+    found = [
+        stages.predictions(executor, REQUESTS, settings=JUDGEMENT, progress=Silent())
+        for executor in both
+    ]
+    _, expected = stages.judge(
+        both[0],
+        REQUESTS,
+        heldout=(),
+        reference=None,
+        settings=JUDGEMENT,
+        progress=Silent(),
+    )
+    for reference in found:
+        assert reference.contexts == expected.contexts
+        assert torch.equal(reference.logprobs_NV, expected.logprobs_NV)

@@ -20,7 +20,7 @@ from tests.tiny import save_tiny
 from tests.workflows.runs import PLAIN, SETTINGS, Ran, memedit, setting, write_rows
 from workflows.jobfile import load_job
 from workflows.settings import EvaluateJob
-from workflows.submit import Submission, find, submit
+from workflows.submit import Submission, find, submit, submitted_defaults
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -146,13 +146,14 @@ def test_a_run_is_stopped_and_goes_on(head: Head, folder: Path, first: Ran) -> N
 
 def test_the_exit_code_is_the_runs_own(head: Head) -> None:
     """A fact table that is not there is found there, not here."""
-    job = load_job(EvaluateJob, flags={"facts": "none.jsonl", "model": "base"})
+    flags = {"facts": "none.jsonl", "model": "base"}
+    job = load_job(EvaluateJob, flags=flags, defaults=submitted_defaults(EvaluateJob))
     run: Submission = submit(job, address=head.address)
     state = run.wait(timeout_s=60)
     assert (state.state, state.exit_code) == ("FAILED", 2)
     assert "none.jsonl" in state.message and "Traceback" not in state.message
-    flags = ["evaluate", "--facts", "none.jsonl", "--model", "base", "--run-id", run.run_id]
-    waited = memedit("submit", "--wait", "--address", head.address, *flags, "--json")
+    again = ["evaluate", "--facts", "none.jsonl", "--model", "base", "--run-id", run.run_id]
+    waited = memedit("submit", "--wait", "--address", head.address, *again, "--json")
     assert waited.code == 2
     told = json.loads(waited.stdout)
     assert told["exit_code"] == 2 and told["result"]["error"]["exit_code"] == 2

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from memedit.architecture import architecture_of
 from memedit.config import EvaluationSettings
 from memedit.evaluate import (
-    SIDE_EFFECTS,
     evaluation_of,
     measurable,
     measure_side_effects,
     says,
     score_facts,
     summarise,
+    with_side_effects,
 )
 from memedit.generate import greedy_continuations
 from memedit.outcome import METRIC_KEYS, Evaluation, FactResult
@@ -30,9 +30,8 @@ from memedit.prompts import encode_completion
 from memedit.requests import EditRequest, Neighbour
 from memedit.side_effects import (
     DriftReference,
-    drift_contexts,
+    drift_prompts,
     drift_reference,
-    fluency,
     measure_drift,
     ngram_entropy,
 )
@@ -73,14 +72,30 @@ FACTS = (
 )
 
 
+RICH = replace(
+    FACTS[0],
+    case_id="rich",
+    attributes=("The Colosseum is located in the city of",),
+    portability=(Neighbour(prompt="The Eiffel Tower is in the country of", target="Italy"),),
+    generation_prompts=("The Eiffel Tower stands", "Near the Eiffel Tower"),
+    references=("The Colosseum stands in Rome.", "Rome is the capital of Italy."),
+    relation_id="P131",
+)
+"""With all that a data set may give for the evaluation."""
+
+
+DRIFT = {"neighbourhood_kl", "drift_kl", "drift_top1"}
+
+
 def evaluate(
     model: PreTrainedModel, requests: tuple[EditRequest, ...], **measured: Any
 ) -> tuple[Evaluation, DriftReference]:
     """All metrics of a tiny model, as the stage puts them together."""
     parts = model, tiny_tokenizer(), architecture_of(model.config), requests
     facts = score_facts(*parts, settings=measured["settings"])
-    measures, reference = measure_side_effects(*parts, **measured)
-    return evaluation_of(facts, measures), reference
+    effects = measure_side_effects(*parts, **measured)
+    completed = with_side_effects(facts, requests, effects)
+    return evaluation_of(completed, effects.metrics), effects.reference
 
 
 def result(**changes: Any) -> FactResult:
@@ -96,35 +111,24 @@ def result(**changes: Any) -> FactResult:
     return FactResult(**(values | changes))
 
 
-def test_measures_one_by_one_are_those_of_all_together() -> None:
-    model, heldout = tiny_model("llama"), [[1, 5, 9, 3, 7]]
-    parts = model, tiny_tokenizer(), architecture_of(model.config), FACTS
-    together, reference = measure_side_effects(*parts, heldout=heldout)
-    apart: dict[str, float | None] = {}
-    for measure in SIDE_EFFECTS:
-        one, found = measure_side_effects(*parts, heldout=heldout, measures=(measure,))
-        assert (found is not None) == (measure == "drift")
-        apart |= one
-    assert apart == together
-    assert set(together) == {"fluency", "perplexity", "drift_kl", "drift_top1"}
-    assert reference is not None
-
-
 def test_what_can_be_measured_is_what_is_measured() -> None:
     model = tiny_model("llama")
     arch, tokenizer = architecture_of(model.config), tiny_tokenizer()
     bare = replace(FACTS[-1], case_id="bare", paraphrases=(), target_true=None)
-    for requests in (FACTS, FACTS[-1:], (bare,), (bare, *FACTS[:1])):
+    for requests in (FACTS, FACTS[-1:], (bare,), (bare, *FACTS[:1]), (RICH,), (bare, RICH)):
         for settings in (
-            EvaluationSettings(),
-            EvaluationSettings(drift_prompts=0, fluency_facts=0, heldout_tokens=0),
+            EvaluationSettings(consistency_tokens=4),
+            EvaluationSettings(
+                drift_prompts=0, fluency_facts=0, heldout_tokens=0, consistency_facts=0
+            ),
         ):
             heldout = [[1, 5, 9, 3, 7]] if settings.heldout_tokens else []
             facts = score_facts(model, tokenizer, arch, requests, settings=settings)
-            measures, _ = measure_side_effects(
+            effects = measure_side_effects(
                 model, tokenizer, arch, requests, heldout=heldout, settings=settings
             )
-            metrics = evaluation_of(facts, measures).metrics
+            completed = with_side_effects(facts, requests, effects)
+            metrics = evaluation_of(completed, effects.metrics).metrics
             measured = {key for key, value in metrics.items() if value is not None}
             assert measurable(requests, settings) == measured
 
@@ -306,6 +310,14 @@ def test_an_evaluation_of_the_base_and_of_a_changed_model() -> None:
     assert after.metrics["drift_kl"] == pytest.approx(fmean(divergences), rel=1e-4)
     assert after.metrics["drift_top1"] == pytest.approx(100 * fmean(agreements))
     assert fmean(divergences) > 1e-3
+    by_prompt = dict(zip(prompts, divergences, strict=True))
+    for fact, judged in zip(FACTS, after.facts, strict=True):
+        near = [by_prompt[n.prompt] for n in fact.neighbourhood]
+        assert judged.neighbourhood_kl == (pytest.approx(fmean(near), rel=1e-4) if near else None)
+    per_fact = [f.neighbourhood_kl for f in after.facts if f.neighbourhood_kl is not None]
+    assert after.metrics["neighbourhood_kl"] == pytest.approx(fmean(per_fact))
+    low, high = after.intervals["neighbourhood_kl"]
+    assert low <= fmean(per_fact) <= high
     assert after.metrics["perplexity"] != pytest.approx(before.metrics["perplexity"], rel=1e-3)
 
 
@@ -314,12 +326,12 @@ def test_what_was_not_asked_for_is_none() -> None:
     settings = EvaluationSettings(fluency_facts=0, drift_prompts=0)
     evaluation, reference = evaluate(model, FACTS[:1], settings=settings)
     missing = {key for key, value in evaluation.metrics.items() if value is None}
-    assert missing == {"fluency", "perplexity", "drift_kl", "drift_top1"}
+    not_given = {"attribute", "portability", "consistency"}
+    assert missing == {"fluency", "perplexity", *DRIFT, *not_given}
     assert measure_drift(model, architecture_of(model.config), reference) is None
 
 
 def test_drift_prompts_are_unique_spread_and_not_edited() -> None:
-    tokenizer = tiny_tokenizer()
     facts = [
         EditRequest(
             case_id=str(i),
@@ -333,12 +345,11 @@ def test_drift_prompts_are_unique_spread_and_not_edited() -> None:
         )
         for i in range(10)
     ]
-    contexts = drift_contexts(tokenizer, facts, 1000)
-    texts = {tokenizer.decode(context) for context in contexts}
-    assert len(contexts) == len(texts) == 21
+    texts = drift_prompts(facts, 1000)
+    assert len(texts) == len(set(texts)) == 21
     assert "the number 3 is" not in texts
-    few = [tokenizer.decode(context) for context in drift_contexts(tokenizer, facts, 7)]
-    assert len(set(few)) == 7 and set(few) <= texts
+    few = drift_prompts(facts, 7)
+    assert len(set(few)) == 7 and set(few) <= set(texts)
     assert len({text.split()[1] for text in few if "number" in text}) >= 6
 
 
@@ -353,8 +364,10 @@ def test_fluency_is_the_mean_entropy_of_prompt_and_continuation() -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     prompts = [fact.text for fact in FACTS]
     texts = [prompt + greedy_continuations(model, tokenizer, [prompt], 20)[0] for prompt in prompts]
-    got = fluency(model, tokenizer, prompts, max_new_tokens=20)
-    assert got == pytest.approx(fmean(ngram_entropy(text) for text in texts))
+    settings = EvaluationSettings(fluency_tokens=20, drift_prompts=0)
+    found = measure_side_effects(model, tokenizer, None, FACTS, settings=settings)
+    expected = fmean(ngram_entropy(text) for text in texts)
+    assert found.metrics["fluency"] == pytest.approx(expected)
 
 
 # ----------------------------------------------------------------------------------- real model

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from memedit.errors import InputError
-from memedit.layouts import LAYOUTS, layout_of, read_row, to_row
+from memedit.layouts import LAYOUTS, layout_of, read_row, split_row, to_row
 from memedit.requests import EditRequest, Neighbour, Provenance
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
@@ -24,7 +24,7 @@ NATIVE: dict[str, Any] = {
     "paraphrases": ["Where does the Eiffel Tower stand? In"],
     "neighbourhood": [{"prompt": "The Louvre is in", "target": "Paris"}],
 }
-COUNTERFACT = {
+COUNTERFACT: dict[str, Any] = {
     "case_id": 7,
     "pararel_idx": 1,
     "requested_rewrite": {
@@ -97,7 +97,10 @@ ZSRE = {
 
 
 def without_id(request: EditRequest) -> dict[str, Any]:
-    return {name: value for name, value in to_row(request).items() if name != "id"}
+    """What is edited and where it must hold; see `test_what_serves_the_evaluation_alone`."""
+    return {
+        name: value for name, value in to_row(request).items() if name in NATIVE.keys() - {"id"}
+    }
 
 
 @pytest.mark.parametrize(
@@ -109,6 +112,153 @@ def test_every_layout_says_the_same(row: dict[str, Any]) -> None:
     request = read_row(row)
     assert request.case_id == "7"
     assert without_id(request) == without_id(read_row(NATIVE))
+
+
+MQUAKE: dict[str, Any] = {
+    "case_id": 7,
+    "requested_rewrite": [
+        {
+            "prompt": "{} is located in the city of",
+            "relation_id": "P131",
+            "target_new": {"str": "Rome", "id": "Q220"},
+            "target_true": {"str": "Paris", "id": "Q90"},
+            "subject": "Eiffel Tower",
+            "question": "Where does the Eiffel Tower stand? In",
+        },
+        {
+            "prompt": "{} is the capital of",
+            "relation_id": "P1376",
+            "target_new": {"str": "Spain", "id": "Q29"},
+            "target_true": {"str": "Italy", "id": "Q38"},
+            "subject": "Rome",
+            "question": "Of which country is Rome the capital?",
+        },
+    ],
+    "questions": ["In which country is the Eiffel Tower?", "The Eiffel Tower's country?"],
+    "answer": "France",
+    "new_answer": "Spain",
+    "new_single_hops": [{"question": "Where?", "cloze": "It is in", "answer": "Rome"}],
+}
+RIPPLE_EDITS: dict[str, Any] = {
+    "example_type": "popular",
+    "edit": {
+        "prompt": "The name of the country of citizenship of Leo of Pisa is Syria.",
+        "subject_id": "Q1",
+        "relation": "COUNTRY_OF_CITIZENSHIP",
+        "target_id": "Q858",
+        "original_fact": {
+            "prompt": "The name of the country of citizenship of Leo of Pisa is United States.",
+            "subject_id": "Q1",
+            "relation": "COUNTRY_OF_CITIZENSHIP",
+            "target_id": "Q30",
+        },
+    },
+    "Relation_Specificity": [
+        {
+            "test_queries": [
+                {
+                    "prompt": "The name of the mother of Leo of Pisa is",
+                    "answers": [{"value": "Irma", "aliases": []}],
+                    "query_type": "regular",
+                    "subject_id": "Q1",
+                }
+            ],
+            "test_condition": "OR",
+            "condition_queries": [],
+        }
+    ],
+    "Compositionality_I": [
+        {
+            "test_queries": [
+                {
+                    "prompt": "The capital of Leo's country is",
+                    "answers": [{"value": "Damascus", "aliases": ["Dimashq"]}],
+                    "query_type": "two_hop",
+                    "subject_id": "Q1x",
+                },
+                {"prompt": "Nobody knows what is", "answers": [], "subject_id": "Q2"},
+            ],
+            "test_condition": "OR",
+            "condition_queries": [],
+        }
+    ],
+    "Forgetfulness": [],
+}
+
+
+def test_what_serves_the_evaluation_alone() -> None:
+    request = read_row(COUNTERFACT)
+    assert request.attributes == ("The Colosseum is in",)
+    assert request.generation_prompts == ("Eiffel Tower's surroundings include",)
+    assert request.relation == request.relation_id == "P131"
+    assert read_row(NATIVE).relation == "{} is located in the city of"
+    assert read_row({**NATIVE, "relation_id": 131}).relation == "131"
+    follows = (Neighbour(prompt="Its country is", target="Italy"),)
+    assert read_row(EASYEDIT_NESTED).portability == follows
+    assert read_row(KNOWEDIT).portability == ()  # no answer, nothing to measure
+    listed = {"Reasoning": [{"prompt": "Its country is", "ground_truth": [["Italy"], ["Italia"]]}]}
+    assert read_row({**KNOWEDIT, "portability": listed}).portability == follows
+    question = {"Recalled Relation": "r", "New Question": "Its use?", "New Answer": "war"}
+    assert read_row({**ZSRE, "portability": question}).portability == (
+        Neighbour(prompt="Its use?", target="war"),
+    )
+    # None of it makes another fact.
+    assert request.digest == read_row(NATIVE).digest
+
+
+@pytest.mark.parametrize("less", [(), ("paraphrases", "neighbourhood"), ("references",)])
+def test_what_serves_the_evaluation_survives_a_native_row(less: tuple[str, ...]) -> None:
+    row = {
+        **NATIVE,
+        "attributes": ["The Colosseum is in"],
+        "portability": [{"prompt": "Its country is", "target": "Italy"}],
+        "generation_prompts": ["Near the Eiffel Tower"],
+        "references": ["The Colosseum stands in Rome."],
+        "relation_id": "P131",
+    }
+    row = {name: value for name, value in row.items() if name not in less}
+    assert to_row(read_row(row)) == row
+    assert read_row(to_row(read_row(row))) == read_row(row)
+
+
+def test_mquake() -> None:
+    first, second = map(read_row, split_row(MQUAKE))
+    assert (first.case_id, second.case_id) == ("7.1", "7.2")
+    assert (first.subject, first.target_new, first.target_true) == ("Eiffel Tower", "Rome", "Paris")
+    assert first.paraphrases == ("Where does the Eiffel Tower stand? In",)
+    assert first.portability == tuple(
+        Neighbour(prompt=q, target="Spain") for q in MQUAKE["questions"]
+    )
+    assert (second.subject, second.relation, second.portability) == ("Rome", "P1376", ())
+    alone = {**MQUAKE, "requested_rewrite": MQUAKE["requested_rewrite"][:1]}
+    (row,) = split_row(alone)
+    assert read_row(row).case_id == "7"
+    with pytest.raises(InputError, match="expected an object, found a list"):
+        read_row(MQUAKE)  # several facts in one row
+    for other in (NATIVE, COUNTERFACT, "text"):
+        assert split_row(other) == [other]
+
+
+def test_ripple_edits() -> None:
+    request = read_row(RIPPLE_EDITS)
+    assert (request.subject, request.target_new) == ("Leo of Pisa", "Syria")
+    assert request.prompt == "The name of the country of citizenship of {} is"
+    assert request.target_true == "United States"
+    assert request.neighbourhood == (
+        Neighbour(prompt="The name of the mother of Leo of Pisa is", target="Irma"),
+    )
+    assert request.portability == (
+        Neighbour(prompt="The capital of Leo's country is", target="Damascus"),
+    )
+    assert request.relation == "COUNTRY_OF_CITIZENSHIP"
+    alone = {**RIPPLE_EDITS, "Relation_Specificity": []}
+    with pytest.raises(InputError, match="do not tell how it is called") as raised:
+        read_row(alone)
+    assert raised.value.field == "subject"
+    assert read_row({**alone, "subject": "Leo of Pisa"}).prompt == request.prompt
+    with pytest.raises(InputError, match="no sentence") as raised:
+        read_row({**RIPPLE_EDITS, "edit": {"prompt": "Leo, Syria"}})
+    assert raised.value.field == "edit.prompt"
 
 
 def test_native() -> None:
@@ -194,6 +344,11 @@ def test_composed_and_decomposed_letters_give_equal_requests() -> None:
         ({"paraphrases": "Where?"}, "paraphrases", "expected a list"),
         ({"paraphrases": ["ok", 3]}, "paraphrases[1]", "found a number"),
         ({"paraphrases": ["{} {}"]}, "paraphrases[0]", "several"),
+        ({"attributes": "x"}, "attributes", "expected a list"),
+        ({"attributes": ["{} x"]}, "attributes[0]", "own subject"),
+        ({"portability": [{"prompt": "x"}]}, "portability[0]", "expected an object"),
+        ({"references": [3]}, "references[0]", "found a number"),
+        ({"relation_id": ["P1"]}, "relation_id", "found a list"),
         ({"neighbourhood": ["x"]}, "neighbourhood[0]", "expected an object"),
         ({"neighbourhood": [{"prompt": "x"}]}, "neighbourhood[0]", "expected an object"),
         (
@@ -229,7 +384,7 @@ def test_bad_native_rows_name_place_field_and_reason(
         (
             {
                 "requested_rewrite": {
-                    **COUNTERFACT["requested_rewrite"],  # type: ignore[dict-item]
+                    **COUNTERFACT["requested_rewrite"],
                     "target_new": {"str": " "},
                 }
             },

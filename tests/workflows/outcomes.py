@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 
+from memedit.intervals import intervals_of
 from memedit.outcome import (
+    METRIC_KEYS,
     EditOutcome,
     Evaluation,
     FactCounts,
@@ -34,7 +36,13 @@ def example_outcome(n_facts: int = 100, *, seed: int = 0) -> EditOutcome:
         fate = rng.random()
         z_fails, solve_fails = fate < 0.04, 0.04 <= fate < 0.12
         good = not (z_fails or solve_fails)
-        shared = {"case_id": f"case-{i}", "prompt": prompt, "target_new": new, "target_true": true}
+        shared = {
+            "case_id": f"case-{i}",
+            "relation": template,
+            "prompt": prompt,
+            "target_new": new,
+            "target_true": true,
+        }
         n_near = 5
         base_near = tuple(rng.random() < 0.72 for _ in range(n_near))
         before.append(
@@ -166,6 +174,9 @@ def _evaluation(facts: list[FactResult], **more: float) -> Evaluation:
     metrics["score"] = 3 / sum(1 / max(v or 0.0, 1e-9) for v in metrics.values())
     for name in (*(f"{n}_exact" for n in names), "generation"):
         metrics[name] = share(name)
-    for name in ("fluency", "perplexity", "drift_kl", "drift_top1"):
-        metrics[name] = more.get(name)
-    return Evaluation(metrics=metrics, facts=tuple(facts))
+    metrics |= more
+    return Evaluation(
+        metrics={key: metrics.get(key) for key in METRIC_KEYS},
+        intervals=intervals_of(facts),
+        facts=tuple(facts),
+    )

@@ -116,6 +116,11 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any] | str] = FACTS) -> P
     return path
 
 
+def measured(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """The metrics that the facts gave something to measure on."""
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
 def without_plots(patch: pytest.MonkeyPatch) -> None:
     """Replace the report, which takes longer than all the rest of a quick run."""
 

@@ -76,8 +76,9 @@ def test_the_same_bytes_as_full(made: Made, tmp_path: Path) -> None:
 def test_what_a_delta_is(made: Made) -> None:
     manifest = read_manifest(made.delta)
     assert manifest.format == made.results["delta"]["format"] == "delta"
-    assert sorted(manifest.files) == [DELTA_NAME, "facts.jsonl", "report.html"]
-    assert sorted(contents(made.delta)) == [DELTA_NAME, "facts.jsonl", MANIFEST_NAME, "report.html"]
+    files = [DELTA_NAME, "facts.jsonl", "facts.parquet", "report.html"]
+    assert sorted(manifest.files) == files
+    assert sorted(contents(made.delta)) == sorted([*files, MANIFEST_NAME])
     updates = load_delta(made.delta / DELTA_NAME)
     many = manifest.facts.count > HIDDEN
     assert [update.right_NI is None for update in updates.values()] == [many, many]

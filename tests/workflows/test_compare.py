@@ -13,7 +13,7 @@ import torch
 
 from memedit.outcome import METRIC_KEYS
 from tests.tiny import save_tiny
-from tests.workflows.runs import Ran, edit, memedit, quick, setting, write_rows
+from tests.workflows.runs import Ran, edit, measured, memedit, quick, setting, write_rows
 from workflows.comparison_page import curves_plot
 
 METHODS = "memit,memedit,emmet,alphaedit"
@@ -71,8 +71,9 @@ def test_a_row_is_what_edit_gives(base: Path, done: tuple[Path, Any]) -> None:
             base, folder / "facts.jsonl", folder / method, folder / "cache", "--method", method
         )
         expected, found = ran.result["metrics"], row(result, method, 3)["metrics"]
-        assert found == pytest.approx(expected["after"], rel=1e-5)
-        assert row(result, "base", 3)["metrics"] == pytest.approx(expected["before"])
+        assert measured(found) == pytest.approx(measured(expected["after"]), rel=1e-5)
+        base_row = row(result, "base", 3)["metrics"]
+        assert measured(base_row) == pytest.approx(measured(expected["before"]))
 
 
 def test_every_judgement_is_in_the_table(done: tuple[Path, Any]) -> None:
@@ -88,6 +89,28 @@ def test_every_judgement_is_in_the_table(done: tuple[Path, Any]) -> None:
     exact = 100 * sum(r["efficacy_exact"] for r in of_three) / 3
     assert exact == pytest.approx(row(result, "memit", 3)["metrics"]["efficacy_exact"])
     assert all(math.isfinite(r["logprob_new"]) for r in rows)
+
+
+def test_each_relation_has_its_metrics(done: tuple[Path, Any]) -> None:
+    folder, result = done
+    relations = row(result, "memit", 3)["relations"]
+    assert {r["relation"]: r["facts"] for r in relations} == {
+        "{} is located in the city of": 1,
+        "The mother tongue of {} is": 1,
+        "{} produces cars in": 1,
+    }
+    judged = pq.read_table(folder / "out" / "judgements.parquet").to_pylist()
+    for relation in relations:
+        (fact,) = [
+            f
+            for f in judged
+            if (f["method"], f["edits"], f["relation"]) == ("memit", 3, relation["relation"])
+        ]
+        assert relation["metrics"]["efficacy_exact"] == 100 * fact["efficacy_exact"]
+        assert ("paraphrase" in relation["metrics"]) == bool(fact["paraphrase"])
+    page = (folder / "out" / "page.html").read_text()
+    assert page.count("by relation</h3>") == 1  # with one fact there is one relation
+    assert "The mother tongue of {} is" in page
 
 
 def test_the_page_needs_nothing_else(done: tuple[Path, Any]) -> None:

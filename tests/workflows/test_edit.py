@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -117,7 +118,8 @@ def test_the_result_is_the_published_object(first: First) -> None:
     assert list(result["metrics"]) == ["before", "after"]
     for measured in result["metrics"].values():
         assert tuple(measured) == METRIC_KEYS
-        assert all(isinstance(value, int | float) for value in measured.values())
+        missing = {name for name, value in measured.items() if value is None}
+        assert missing == {"attribute", "portability", "consistency"}  # no row has any
     assert result["metrics"]["before"]["drift_kl"] == 0
     assert result["metrics"]["after"]["drift_kl"] > 0
     timings = result["timings_s"]
@@ -132,8 +134,14 @@ def test_the_new_facts_are_likelier(first: First) -> None:
 
 
 def test_the_files_of_a_version(first: First) -> None:
-    made = {"memedit.json", "report.html", "facts.jsonl"}
+    made = {"memedit.json", "report.html", "facts.jsonl", "facts.parquet"}
     assert contents(first.out).keys() == first.base_before.keys() | made
+    table = pq.read_table(first.out / "facts.parquet").to_pylist()
+    assert [row["model"] for row in table] == 3 * ["before"] + 3 * ["after"]
+    for when in ("before", "after"):
+        exact = [row["efficacy_exact"] for row in table if row["model"] == when]
+        found = first.ran.result["metrics"][when]["efficacy_exact"]
+        assert 100 * sum(exact) / 3 == pytest.approx(found)
     assert {p.name for p in first.out.parent.iterdir()} == {"out"}
     assert (
         read_facts(first.out / "facts.jsonl").batch.digest == read_facts(first.facts).batch.digest

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from statistics import fmean
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from memedit.outcome import METRIC_KEYS
 from tests.tiny import POSITIONS, save_tiny, tiny_tokenizer
-from tests.workflows.runs import FACTS, contents, memedit, write_rows
+from tests.workflows.runs import FACTS, LOUVRE, contents, memedit, write_rows
 
 FLAGS = ("--json", "--set", "evaluation.fluency_tokens=4")
 
@@ -28,16 +31,84 @@ def facts(tmp_path: Path) -> Path:
 def test_what_it_prints(base: Path, facts: Path, tmp_path: Path) -> None:
     before = contents(tmp_path) | contents(base)
     result = memedit("evaluate", "--model", base, "--facts", facts, *FLAGS).result
-    assert list(result) == ["model", "facts", "metrics", "intervals", "per_fact", "timings_s"]
+    names = ["model", "facts", "metrics", "intervals", "relations", "per_fact", "timings_s", "out"]
+    assert list(result) == names and result["out"] is None
     assert result["facts"] == {"read": 3, "accepted": 3, "rejected": 0, "duplicates": 0}
     metrics = result["metrics"]
     assert tuple(metrics) == METRIC_KEYS
-    # Nothing to compare with, and no text.
-    assert {k for k, v in metrics.items() if v is None} == {"perplexity", "drift_kl", "drift_top1"}
+    # Nothing to compare with, no text, and no rows that have these.
+    assert {k for k, v in metrics.items() if v is None} == {
+        *("perplexity", "drift_kl", "drift_top1", "neighbourhood_kl"),
+        *("attribute", "portability", "consistency"),
+    }
     assert len(result["per_fact"]) == 3
     toyota = next(f for f in result["per_fact"] if "Toyota" in f["prompt"])
     assert toyota["efficacy"] is None and toyota["logprob_new"] < 0
     assert contents(tmp_path) | contents(base) == before
+
+
+RICH = {
+    "id": "tower",
+    "relation_id": "P131",
+    "subject": "Louvre",
+    "prompt": "The {} is located in the city of",
+    "target_new": "Rome",
+    "target_true": "Paris",
+    "paraphrases": ["Where is the Louvre? In"],
+    "neighbourhood": [LOUVRE],
+    "attributes": ["The Colosseum is located in the city of"],
+    "portability": [{"prompt": "The Louvre is in the country of", "target": "Italy"}],
+    "generation_prompts": ["The Louvre stands", "Near the {}"],
+    "references": ["The Colosseum stands in Rome.", "Rome is the capital of Italy."],
+}
+
+
+def test_the_table_of_facts_is_what_the_metrics_are_made_of(base: Path, tmp_path: Path) -> None:
+    rows = [*FACTS, RICH, {**RICH, "id": "again", "subject": "Colosseum", "target_new": "London"}]
+    facts, out = write_rows(tmp_path / "facts.jsonl", rows), tmp_path / "out"
+    other = save_tiny(tmp_path / "other", seed=1)
+    tokens = ("--set", "evaluation.consistency_tokens=6")
+    ran = memedit(
+        *("evaluate", "--model", other, "--base", base, "--facts", facts, "--out", out),
+        *(*FLAGS, *tokens),
+    )
+    result = ran.result
+    assert sorted(p.name for p in out.iterdir()) == ["facts.parquet", "results.json"]
+    assert json.loads((out / "results.json").read_text()) == result
+    table = pq.read_table(out / "facts.parquet").to_pylist()
+    assert [row["case_id"] for row in table] == [f["case_id"] for f in result["per_fact"]]
+    for key in ("attribute", "portability", "neighbourhood_exact", "paraphrase_accuracy"):
+        shares = [fmean(row[key]) for row in table if row[key]]
+        assert result["metrics"][key] == pytest.approx(100 * fmean(shares)), key
+    for key, scale in (("consistency", 100), ("neighbourhood_kl", 1)):
+        values = [row[key] for row in table if row[key] is not None]
+        assert values and result["metrics"][key] == pytest.approx(scale * fmean(values)), key
+    assert result["metrics"]["neighbourhood_kl"] > 0.1
+    rich = [row for row in table if row["relation"] == "P131"]
+    assert [len(row["texts"]) for row in rich] == [2, 2]
+    assert all(row["texts"][0].startswith("The Louvre stands") for row in rich)
+    # By relation: the id where there is one, else the template.
+    first = result["relations"][0]
+    assert (first["relation"], first["facts"]) == ("P131", 2)
+    assert {r["relation"] for r in result["relations"][1:]} == {f["prompt"] for f in FACTS}
+    exact = 100 * fmean(row["efficacy_exact"] for row in rich)
+    assert first["metrics"]["efficacy_exact"] == pytest.approx(exact)
+    low, high = first["intervals"]["efficacy_accuracy"]
+    assert low <= first["metrics"]["efficacy_accuracy"] <= high
+
+
+def test_a_place_that_holds_something_is_refused(base: Path, facts: Path) -> None:
+    ran = memedit("evaluate", "--model", base, "--facts", facts, "--out", facts.parent, *FLAGS)
+    assert ran.code == 2, ran.stderr
+    assert facts.exists() and not (facts.parent / "facts.parquet").exists()
+
+
+def test_people_are_shown_relations(base: Path, tmp_path: Path) -> None:
+    facts = write_rows(
+        tmp_path / "facts.jsonl", [*FACTS, RICH, {**RICH, "id": "b", "subject": "Ben"}]
+    )
+    shown = memedit("evaluate", "--model", base, "--facts", facts, *FLAGS[1:]).stdout
+    assert "P131" in shown and "Attribute" in shown and FACTS[0]["prompt"] not in shown
 
 
 def test_against_itself_nothing_drifts(base: Path, facts: Path) -> None:

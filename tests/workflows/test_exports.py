@@ -25,6 +25,7 @@ from tests.workflows.runs import (
     PLAIN,
     Ran,
     contents,
+    measured,
     memedit,
     quick,
     setting,
@@ -159,7 +160,7 @@ def test_the_adapter_that_peft_merges_is_what_was_judged(exports: Exports, tmp_p
         *setting("evaluation.drift_prompts=20", "evaluation.fluency_tokens=4"),
     )
     judged = ran.result["metrics"]
-    metrics = {k: v for k, v in manifest.metrics["after"].items() if k != "perplexity"}
+    metrics = {k: v for k, v in measured(manifest.metrics["after"]).items() if k != "perplexity"}
     assert {name: judged[name] for name in metrics} == pytest.approx(metrics, rel=1e-3)
     assert manifest.metrics["after"]["drift_kl"] != pytest.approx(
         full.metrics["after"]["drift_kl"], rel=1e-2
@@ -180,7 +181,7 @@ def test_an_adapter_that_is_exact(exports: Exports) -> None:
 
 def test_what_is_in_the_folder(exports: Exports) -> None:
     folder = exports.folder / "lora"
-    own = [MANIFEST_NAME, "facts.jsonl", "report.html"]
+    own = [MANIFEST_NAME, "facts.jsonl", "facts.parquet", "report.html"]
     assert sorted(contents(folder)) == sorted([ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, *own])
     config = json.loads((folder / ADAPTER_CONFIG_NAME).read_text())
     assert (config["peft_type"], config["r"]) == ("LORA", len(FACTS))

@@ -113,6 +113,39 @@ def test_it_says_what_happened(text):
     assert f"({len(outcome.after.facts):,} judged)" in page.text
 
 
+def test_relations_stand_by_themselves():
+    outcome = example_outcome(100)
+    page = render_report(outcome)
+    assert "By relation" in page and "facts.parquet" in page
+    tongues = [f for f in outcome.after.facts if f.relation == "The mother tongue of {} is"]
+    exact = 100 * sum(f.efficacy_exact for f in tongues) / len(tongues)
+    assert f'The mother tongue of {{}} is</th><td class="n">{len(tongues)}</td>' in page
+    # None was said before.
+    assert f'<span class="after">{exact:.1f}</span><small>0.0 \N{RIGHTWARDS ARROW} ' in page
+    # Of many, those with the fewest facts are taken together.
+    facts = tuple(
+        replace(fact, relation=f"R{i % 30}" if i < 60 else "R0")
+        for i, fact in enumerate(outcome.after.facts)
+    )
+    many = replace(outcome, after=replace(outcome.after, facts=facts))
+    assert '18 other relations</th><td class="n">36</td>' in render_report(many)
+    one = tuple(replace(fact, relation="R0") for fact in facts)
+    alone = replace(outcome, after=replace(outcome.after, facts=one))
+    assert "By relation" not in render_report(alone)
+
+
+def test_what_repeats_another_metric_is_not_shown():
+    outcome = example_outcome(20)
+    exact = outcome.after.metrics["efficacy_exact"]
+
+    def page(accuracy: float | None) -> str:
+        metrics = {**outcome.after.metrics, "efficacy_accuracy": accuracy}
+        return render_report(replace(outcome, after=replace(outcome.after, metrics=metrics)))
+
+    assert "Efficacy, tokens" not in page(None) and "Efficacy, tokens" not in page(exact)
+    assert "Efficacy, tokens" in page(exact / 2)
+
+
 HOSTILE = '<script>alert("x")</script><img src=http://evil.example/x onerror=alert(1)>'
 
 

@@ -81,7 +81,7 @@ JOBS_TO_SEND: list[Job] = [
         architecture={"blocks": "model.layers.{}", "yes": "no"},
     ),
     StatsJob(out="/s", corpus="text/*.parquet", layers=(1,)),
-    EvaluateJob(facts="f", base="smollm2", text="self", run_id="r"),
+    EvaluateJob(facts="f", base="smollm2", text="self", out="/o", workers=3, run_id="r"),
     GenerateJob(prompts=("--model", "two\nlines", "Ünï 😀", "-"), tokens=3),
     PlanJob(facts="f", matrix_gflops=12.5, stats="/s"),
     ApplyJob(delta="-d", out="/o", run_id="r"),
@@ -143,7 +143,8 @@ def test_a_submitted_job_is_spread_unless_it_says_otherwise() -> None:
     flags = {**least, "executor": "inline"}
     alone = load_job(EditJob, flags=flags, defaults=submitted_defaults(EditJob))
     assert alone.executor == "inline" and "--executor" not in entrypoint_of(alone)
-    assert submitted_defaults(EvaluateJob) == {}
+    assert submitted_defaults(EvaluateJob) == submitted_defaults(EditJob)
+    assert submitted_defaults(GenerateJob) == {}
 
 
 def test_the_run_speaks_json_unless_it_says_otherwise() -> None:

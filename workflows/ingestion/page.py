@@ -19,7 +19,7 @@ from typing import Any, Literal
 from markupsafe import Markup
 
 from memedit.writing import whole_file
-from workflows.findings import METRIC, METRICS, plural
+from workflows.findings import METRIC, metrics_to_show, plural
 from workflows.ingestion.page_plots import Band, Timeline, facts_plot, metrics_plot
 from workflows.pages import page_templates
 from workflows.plots import SERIES
@@ -237,7 +237,8 @@ def _headline(now: PageVersion | None, before: PageVersion | None) -> list[dict[
 def _metrics(now: PageVersion | None, before: PageVersion | None) -> list[dict[str, Any]]:
     if now is None:
         return []
-    return [_metric(m.key, now, before) for m in METRICS if _real(now.metrics.get(m.key))]
+    shown = metrics_to_show(now.metrics)
+    return [_metric(m.key, now, before) for m in shown if _real(now.metrics.get(m.key))]
 
 
 def _metric(key: str, now: PageVersion, before: PageVersion | None) -> dict[str, Any]:

@@ -199,7 +199,8 @@ class RowReader:
 
 def statement_of(request: EditRequest, relation: str | None) -> dict[str, Any]:
     """The columns of a fact, with what it is known by."""
-    row = to_row(request)
+    # What serves the evaluation alone is not kept, and a fact stays what it was without it.
+    row = {name: value for name, value in to_row(request).items() if name in FIELDS}
     content = json.dumps([row, relation], ensure_ascii=False, sort_keys=True)
     return {
         "fact": request.digest[:DIGEST],
