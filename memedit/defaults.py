@@ -83,8 +83,8 @@ _SMOLLM2_LAM = ((10, 150.0), (100, 400.0), (1000, 800.0))
 
 
 _PROTECTED_LAM = 2.75
-"""So many times MEMIT's λ where keys are protected and repair follows (SmolLM2, chosen at 250 facts:
-benchmarks/README.md): what a larger λ leaves unsaid is repaired, and what it spares stays spared."""
+"""So many times MEMIT's λ where keys are protected and repair follows: what a larger λ leaves
+unsaid is repaired, and what it spares stays spared (benchmarks/results/methods.md)."""
 
 ALPHAEDIT_LAM = 10.0
 """The weight of the identity in AlphaEdit's code (its `L2`)."""
