@@ -31,16 +31,14 @@ from memedit.outcome import (
 )
 from memedit.progress import Progress
 from memedit.requests import EditBatch
-from memedit.solve import solve_device
 from memedit.stages import SolvedLayer, judge
 from memedit.targets import Target
 from workflows.destination import destination
-from workflows.editing import Editing
+from workflows.editing import editing_for
 from workflows.facts import FactTable, read_facts, write_facts, write_rejects
-from workflows.moments import TokenSource, corpus_of, load_stats, moments_for
+from workflows.moments import TokenSource, corpus_of, load_stats
 from workflows.product import Product, make_product
 from workflows.progress import Timed
-from workflows.protection import protection_for
 from workflows.review import Review, ReviewAll, Trial, check_heldout
 from workflows.session import Base, contexts_of, encode_facts, open_base, open_workers, settings_of
 from workflows.settings import EditJob, new_run_id
@@ -131,22 +129,16 @@ def edit_facts(
             )
         batch = table.batch
         timed.finish("load")
-        moments = given or moments_for(
-            source,
-            base=counted or base,
-            settings=settings,
-            executor=executor,
-            artifacts=artifacts,
-            progress=timed,
-        )
-        protection = protection_for(
+        editing = editing_for(
             batch.requests,
             source,
             base=base,
             settings=settings,
+            contexts=contexts,
             executor=executor,
             artifacts=artifacts,
             progress=timed,
+            given=given,
         )
         heldout = source.heldout(executor, timed)
         judged = review.choose(batch.requests)
@@ -159,18 +151,6 @@ def edit_facts(
             progress=timed,
         )
         check_heldout(job, before)
-        editing = Editing(
-            executor=executor,
-            base=base,
-            settings=settings,
-            contexts=contexts,
-            moments=moments,
-            protection=protection,
-            artifacts=artifacts,
-            stored={layer: base.checkpoint.info(names[layer]).dtype for layer in names},
-            device=solve_device(job.device),
-            progress=timed,
-        )
         targets, quarantined = editing.targets(encoded)
         if quarantined:
             for case_id, reason in quarantined.items():
@@ -217,9 +197,9 @@ def edit_facts(
                 "resolved_contexts": list(contexts),
                 "evaluation": asdict(job.evaluation_settings),
                 "heldout": source.corpus.spec,
-                "moments": dict(moments.settings),
-                "corpus": dict(moments.corpus),
-                "protected_prompts": protection.prompts if protection else 0,
+                "moments": dict(editing.moments.settings),
+                "corpus": dict(editing.moments.corpus),
+                "protected_prompts": editing.protected_prompts,
                 "dtype": job.dtype,
                 "device": base.device,
                 "architecture": dict(job.architecture),
@@ -249,7 +229,7 @@ def edit_facts(
     from workflows.report import write_report
 
     write_report(outcome, publication.staging / REPORT_NAME)
-    publication.publish(_manifest(outcome, base, batch, product, moments.digests))
+    publication.publish(_manifest(outcome, base, batch, product, editing.moments.digests))
     return outcome
 
 
