@@ -71,6 +71,16 @@ ACTIONS: dict[str, Action] = {
             " --out runs/compared",
         ),
     ),
+    "tune": Action(
+        job=settings.TuneJob,
+        run="workflows.tune:run_tune",
+        show="show_tuning",
+        summary="Search settings that fit a model, on half of some facts; judge on the rest.",
+        examples=(
+            "memedit tune --model my/model --facts facts.jsonl --out runs/tuned",
+            "memedit edit --config runs/tuned/settings.yaml --facts facts.jsonl --out runs/first",
+        ),
+    ),
     "generate": Action(
         job=settings.GenerateJob,
         run="workflows.generate:run_generate",

@@ -40,7 +40,15 @@ from workflows.moments import TokenSource, corpus_of, load_stats
 from workflows.product import Product, make_product
 from workflows.progress import Timed
 from workflows.review import Review, ReviewAll, Trial, check_heldout
-from workflows.session import Base, contexts_of, encode_facts, open_base, open_workers, settings_of
+from workflows.session import (
+    Base,
+    contexts_of,
+    encode_facts,
+    open_base,
+    open_workers,
+    settings_of,
+    settings_origin,
+)
 from workflows.settings import EditJob, new_run_id
 
 FACTS_NAME = "facts.jsonl"
@@ -194,6 +202,7 @@ def edit_facts(
             timings_s=timed.timings_s,
             settings=asdict(settings)
             | {
+                "origin": settings_origin(job, base, len(batch)),
                 "resolved_contexts": list(contexts),
                 "evaluation": asdict(job.evaluation_settings),
                 "heldout": source.corpus.spec,
