@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workflows import render_settings, settings, submit_settings, version_settings
+from workflows import (
+    render_settings,
+    settings,
+    submit_settings,
+    tuning_settings,
+    version_settings,
+)
 from workflows.ingestion import settings as ingestion_settings
 from workflows.render_command import RENDER_EXAMPLES, RENDER_SUMMARY
 from workflows.submit_command import EXAMPLES, SUMMARY
@@ -72,7 +78,7 @@ ACTIONS: dict[str, Action] = {
         ),
     ),
     "tune": Action(
-        job=settings.TuneJob,
+        job=tuning_settings.TuneJob,
         run="workflows.tune:run_tune",
         show="show_tuning",
         summary="Search settings that fit a model, on half of some facts; judge on the rest.",

@@ -38,9 +38,9 @@ from workflows.settings import (
     PlanJob,
     PublishJob,
     StatsJob,
-    TuneJob,
 )
 from workflows.submit_settings import LogsJob, StatusJob, StopJob
+from workflows.tuning_settings import TuneJob
 from workflows.version_settings import (
     ApplyJob,
     DiffJob,

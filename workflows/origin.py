@@ -81,10 +81,15 @@ def doubt_of(job: WorkJob, defaults: Defaults, model_digest: str, name: str) -> 
             f"{name}: the settings were tuned for {record.model}, another model "
             f"({record.model_digest[:12]}…; this is {model_digest[:12]}…); {_ADVICE}"
         )
-    left = [what for what, path in _GUESSED.items() if not _sets(job, path)]
-    if defaults.known or not left:
+    if defaults.known:
         return None
-    return f"{name}: {defaults.source}; {' and '.join(left)} are guessed; {_ADVICE}"
+    left = [
+        what for what, path in _GUESSED.items() if hasattr(job, path[0]) and not _sets(job, path)
+    ]
+    if not left:
+        return None
+    guessed = "λ is guessed" if left == ["λ"] else f"{' and '.join(left)} are guessed"
+    return f"{name}: {defaults.source}; {guessed}; {_ADVICE}"
 
 
 _ADVICE = "`memedit tune` finds settings that fit, or look at the report before you trust it"

@@ -13,7 +13,7 @@ import json
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,7 +21,7 @@ from cluster.artifacts import Artifacts, open_artifacts
 from cluster.publication import open_publication
 from cluster.store import join, open_file
 from memedit import __version__
-from memedit.config import EditSettings
+from memedit.config import EditSettings, EvaluationSettings
 from memedit.errors import GateError, InputError, NumericalError
 from memedit.evaluate import measurable
 from memedit.manifest import code_versions
@@ -44,8 +44,9 @@ from workflows.session import (
     settings_of,
     settings_origin,
 )
-from workflows.settings import TuneJob, new_run_id
+from workflows.settings import new_run_id
 from workflows.tuned_settings import SETTINGS_NAME, settings_text
+from workflows.tuning_settings import TuneJob
 from workflows.tuning_table import TRIALS_NAME, write_trials
 from workflows.tuning_trial import Bench, Half, Trial
 from workflows.tuning_verdict import verdict_of
@@ -107,36 +108,7 @@ def run_tune(job: TuneJob, progress: Progress) -> Mapping[str, Any]:
                 f"search begins with {settings_origin(job, base, len(halves[0]))}",
                 warning=False,
             )
-            tuning = bench.half(halves[0])
-            trials = list(_trials(job, start, space, tuning, timed))
-            chosen = _chosen(job, trials, tuning)
-            heldout = bench.half(halves[1])
-            at_first = heldout.tried(Proposal(settings=start, moved=""), 0)
-            at_last = (
-                at_first
-                if chosen.settings == start
-                else heldout.tried(Proposal(settings=chosen.settings, moved=""), chosen.number)
-            )
-        verdict = verdict_of(
-            job.objective,
-            before=at_first.evaluation,
-            after=at_last.evaluation,
-            failed=at_last.failed,
-        )
-        record = TunedRecord(
-            model=base.name,
-            model_digest=base.checkpoint.digest,
-            facts=job.facts,
-            facts_digest=EditBatch.of(halves[0]).digest,
-            facts_at_once=len(halves[0]),
-            corpus=source.corpus.spec,
-            objective=job.objective,
-            trials=len(trials),
-            when=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            run_id=run_id,
-            memedit=__version__,
-        )
-        missed = [why for gate in job.gates if (why := heldout.missed(gate, at_last))]
+            found = _found(job, bench, start, space, halves)
         result = {
             "run_id": run_id,
             "out": publication.location,
@@ -155,24 +127,28 @@ def run_tune(job: TuneJob, progress: Progress) -> Mapping[str, Any]:
             "gates": list(job.gate),
             "searched": list(space.names),
             "origin": settings_origin(job, base, len(halves[0])),
-            "start": values_of(start),
-            "chosen": values_of(chosen.settings),
-            "trial": chosen.number,
-            "verdict": {**verdict, "gates_missed": missed},
-            "base": {
-                "tuning": dict(tuning.before.metrics),
-                "heldout": dict(heldout.before.metrics),
-            },
-            "trials": [trial.summary() for trial in trials],
-            "heldout": {"start": at_first.summary(), "chosen": at_last.summary()},
-            "tuned": asdict(record),
+            **found.summary(),
             "versions": code_versions(),
             "timings_s": timed.timings_s,
         }
-        if missed or verdict["tone"] == "worse":
-            timed.message("; ".join([verdict["text"], *missed]))
+        if found.missed or found.verdict["tone"] == "worse":
+            timed.message("; ".join([found.verdict["text"], *found.missed]))
+        record = TunedRecord(
+            model=base.name,
+            model_digest=base.checkpoint.digest,
+            facts=job.facts,
+            facts_digest=EditBatch.of(halves[0]).digest,
+            facts_at_once=len(halves[0]),
+            corpus=source.corpus.spec,
+            objective=job.objective,
+            trials=len(found.trials),
+            when=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            run_id=run_id,
+            memedit=__version__,
+        )
+        result["tuned"] = asdict(record)
         text = settings_text(
-            job, chosen.settings, record, contexts=contexts, verdict=verdict["text"]
+            job, found.chosen.settings, record, contexts=contexts, verdict=found.verdict["text"]
         )
         with whole_file(publication.staging / SETTINGS_NAME) as partial:
             partial.write_text(text, encoding="utf-8")
@@ -184,6 +160,77 @@ def run_tune(job: TuneJob, progress: Progress) -> Mapping[str, Any]:
             partial.write_text(json.dumps(result, indent=2) + "\n")
         publication.appear()
     return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What was tried on one half of the facts, and what of it was judged on the other."""
+
+    tuning: Half
+    heldout: Half
+    trials: Sequence[Trial]
+    chosen: Trial
+    at_first: Trial
+    """The settings that the search began with, on the held-out half."""
+    at_last: Trial
+    """Those that it chose; the same if they are the same."""
+    verdict: Mapping[str, Any]
+    missed: Sequence[str]
+    """The gates that those miss on the held-out half."""
+
+    def summary(self) -> dict[str, Any]:
+        """As plain values, without the judgements of single facts."""
+        return {
+            "start": values_of(self.at_first.settings),
+            "chosen": values_of(self.chosen.settings),
+            "trial": self.chosen.number,
+            "verdict": {**self.verdict, "gates_missed": list(self.missed)},
+            "base": {
+                "tuning": dict(self.tuning.before.metrics),
+                "heldout": dict(self.heldout.before.metrics),
+            },
+            "trials": [trial.summary() for trial in self.trials],
+            "heldout": {"start": self.at_first.summary(), "chosen": self.at_last.summary()},
+        }
+
+
+def _found(
+    job: TuneJob,
+    bench: Bench,
+    start: EditSettings,
+    space: Space,
+    halves: tuple[Sequence[EditRequest], Sequence[EditRequest]],
+) -> _Found:
+    """Search with the first half; then, and only then, look at the second."""
+    tuning = bench.half(halves[0], _while_searching(job))
+    trials = list(_trials(job, start, space, tuning, bench.progress))
+    chosen = _chosen(job, trials, tuning)
+    heldout = bench.half(halves[1], job.evaluation_settings)
+    at_first = at_last = heldout.tried(Proposal(settings=start, moved=""), 0)
+    if chosen.settings != start:
+        at_last = heldout.tried(Proposal(settings=chosen.settings, moved=""), chosen.number)
+    return _Found(
+        tuning=tuning,
+        heldout=heldout,
+        trials=trials,
+        chosen=chosen,
+        at_first=at_first,
+        at_last=at_last,
+        verdict=verdict_of(
+            job.objective,
+            before=at_first.evaluation,
+            after=at_last.evaluation,
+            failed=at_last.failed,
+        ),
+        missed=[why for gate in job.gates if (why := heldout.missed(gate, at_last))],
+    )
+
+
+def _while_searching(job: TuneJob) -> EvaluationSettings:
+    """What a trial is judged by: free text takes long, and is written only if it decides."""
+    decide = {job.objective, *(gate.metric for gate in job.gates)}
+    settings = job.evaluation_settings
+    return settings if "fluency" in decide else replace(settings, fluency_facts=0)
 
 
 def _halves(
@@ -250,10 +297,11 @@ def _trials(
         number += 1
         trial = tuning.tried(proposal, number)
         rank = tuning.rank(trial)
-        best = max((each for each in (best, rank) if each is not None), default=None)
+        leads = rank is not None and (best is None or rank > best)
+        best = rank if leads else best
         progress.message(
             f"trial {number} of {job.trials} at most: {_told(job, trial)}"
-            f"{', the best so far' if rank is not None and rank == best else ''}",
+            f"{', the best so far' if leads and number > 1 else ''}",
             warning=False,
         )
         yield trial

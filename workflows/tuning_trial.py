@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from cluster.artifacts import Artifacts
-from memedit.config import EditSettings
+from memedit.config import EditSettings, EvaluationSettings
 from memedit.errors import InputError, MemeditError, NumericalError
 from memedit.executor import Executor
 from memedit.memory import is_out_of_memory, release_memory
@@ -31,7 +31,7 @@ from workflows.gates import Gate
 from workflows.moments import TokenSource, load_stats
 from workflows.progress import Timed
 from workflows.session import Base, encode_fact
-from workflows.settings import TuneJob
+from workflows.tuning_settings import TuneJob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +78,24 @@ class Bench:
     source: TokenSource
     progress: Timed
 
-    def half(self, requests: Sequence[EditRequest]) -> Half:
+    def half(self, requests: Sequence[EditRequest], settings: EvaluationSettings) -> Half:
         """Facts to try settings on; the base is judged on them now."""
         windows = self.source.heldout(self.executor, self.progress)
-        before, reference = self.judged(requests, windows, None)
+        before, reference = judge(
+            self.executor,
+            requests,
+            heldout=windows,
+            reference=None,
+            settings=settings,
+            progress=self.progress,
+        )
         return Half(
-            bench=self, requests=requests, windows=windows, before=before, reference=reference
+            bench=self,
+            requests=requests,
+            evaluation=settings,
+            windows=windows,
+            before=before,
+            reference=reference,
         )
 
     def editing(self, requests: Sequence[EditRequest], settings: EditSettings) -> Editing:
@@ -103,22 +115,6 @@ class Bench:
             given=load_stats(job.stats, base, settings, self.artifacts) if job.stats else None,
         )
 
-    def judged(
-        self,
-        requests: Sequence[EditRequest],
-        windows: Sequence[Sequence[int]],
-        reference: DriftReference | None,
-    ) -> tuple[Evaluation, DriftReference]:
-        """The metrics of the workers' model, and the base's predictions."""
-        return judge(
-            self.executor,
-            requests,
-            heldout=windows,
-            reference=reference,
-            settings=self.job.evaluation_settings,
-            progress=self.progress,
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class Half:
@@ -126,6 +122,7 @@ class Half:
 
     bench: Bench
     requests: Sequence[EditRequest]
+    evaluation: EvaluationSettings
     windows: Sequence[Sequence[int]]
     """Held-out text."""
     before: Evaluation
@@ -152,10 +149,17 @@ class Half:
                 why = next(iter(quarantined.values()))
                 raise NumericalError(f"{plural(len(quarantined), 'fact')} left out: {why}")
             editing.install(editing.solve(encoded, targets))
-            after, _ = bench.judged(self.requests, self.windows, self.reference)
+            after, _ = judge(
+                bench.executor,
+                self.requests,
+                heldout=self.windows,
+                reference=self.reference,
+                settings=self.evaluation,
+                progress=bench.progress,
+            )
             trial = replace(trial, evaluation=after)
         except (MemeditError, RuntimeError) as error:
-            trial = replace(trial, failed=_reason(error, first=not proposal.moved))
+            trial = replace(trial, failed=_reason(error, first=number == 1))
         finally:
             bench.executor.broadcast("load", bench.base.spec())
         return replace(trial, seconds=time.perf_counter() - began)
@@ -163,16 +167,20 @@ class Half:
     def rank(self, trial: Trial) -> Rank | None:
         """How good a trial is; None where it failed.
 
-        The fewest gates missed, then the objective, then the facts that are really said, then the
-        least drift. Values nearer to each other than a metric's noise are equal. Without the third,
-        drift would choose the edit that does nothing wherever the objective cannot tell.
+        As long as gates are missed, by fewer of them and then by less. Else the objective decides,
+        then the facts that are really said, then drift. Values nearer to each other than a metric's
+        noise are equal. Without the second, drift would choose the edit that does nothing wherever
+        the objective cannot tell.
         """
         metrics = trial.evaluation.metrics if trial.evaluation else {}
-        if _steps(self.bench.job.objective, metrics) is None:
+        job = self.bench.job
+        if _in_noise(job.objective, metrics) is None:
             return None
-        missed = sum(self.missed(gate, trial) is not None for gate in self.bench.job.gates)
-        decide = (self.bench.job.objective, "efficacy_exact", "drift_kl")
-        return (-missed, *(_steps(key, metrics) or 0 for key in decide))
+        missed = [gate for gate in job.gates if self.missed(gate, trial)]
+        if missed:
+            return (-len(missed), sum(_in_noise(gate.metric, metrics) or 0 for gate in missed))
+        decide = (job.objective, "efficacy_exact", "drift_kl")
+        return (0, *(round(_in_noise(key, metrics) or 0) for key in decide))
 
     def missed(self, gate: Gate, trial: Trial) -> str | None:
         """Why a trial does not meet a gate; None if it does."""
@@ -180,12 +188,12 @@ class Half:
         return gate.check(metrics, {"base": self.before.metrics})
 
 
-def _steps(key: str, metrics: Mapping[str, float | None]) -> int | None:
-    """A metric in steps of its noise, the more the better; None where it was not measured."""
+def _in_noise(key: str, metrics: Mapping[str, float | None]) -> float | None:
+    """A metric as a multiple of its noise, the more the better; None where it was not measured."""
     metric, value = METRIC[key], metrics.get(key)
     if value is None or not math.isfinite(value):
         return None
-    return round(value / metric.noise) * (1 if metric.higher_is_better else -1)
+    return value / metric.noise * (1 if metric.higher_is_better else -1)
 
 
 def _reason(error: Exception, *, first: bool) -> str:
