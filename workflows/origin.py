@@ -6,7 +6,7 @@ settings file. Does not know how settings are searched.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -67,19 +67,23 @@ def record_of(job: WorkJob) -> TunedRecord | None:
     return TunedRecord.read(values) if values else None
 
 
-def origin_of(job: WorkJob, defaults: Defaults, model_digest: str) -> str:
+Identity = Callable[[], str | None]
+"""Gives a model's digest, for which all of it may be read; None where that is not to be done."""
+
+
+def origin_of(job: WorkJob, defaults: Defaults, identity: Identity) -> str:
     """Where what the job does not set comes from, or what was tuned."""
     record = record_of(job)
-    return record.told if record and record.model_digest == model_digest else defaults.told
+    return defaults.told if record is None or _of_another(record, identity) else record.told
 
 
-def doubt_of(job: WorkJob, defaults: Defaults, model_digest: str, name: str) -> str | None:
+def doubt_of(job: WorkJob, defaults: Defaults, identity: Identity, name: str) -> str | None:
     """What a person should know before settings are trusted; None where nothing is guessed."""
     record = record_of(job)
-    if record is not None and record.model_digest != model_digest:
+    if record is not None and (other := _of_another(record, identity)):
         return (
             f"{name}: the settings were tuned for {record.model}, another model "
-            f"({record.model_digest[:12]}…; this is {model_digest[:12]}…); {_ADVICE}"
+            f"({record.model_digest[:12]}…; this is {other[:12]}…); {_ADVICE}"
         )
     if defaults.known:
         return None
@@ -90,6 +94,12 @@ def doubt_of(job: WorkJob, defaults: Defaults, model_digest: str, name: str) -> 
         return None
     guessed = "λ is guessed" if left == ["λ"] else f"{' and '.join(left)} are guessed"
     return f"{name}: {defaults.source}; {guessed}; {_ADVICE}"
+
+
+def _of_another(record: TunedRecord, identity: Identity) -> str | None:
+    """The digest of the model at hand, if it is known not to be that of the record."""
+    digest = identity()
+    return None if digest == record.model_digest else digest
 
 
 _ADVICE = "`memedit tune` finds settings that fit, or look at the report before you trust it"

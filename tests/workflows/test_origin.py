@@ -39,13 +39,13 @@ def job(**fields: Any) -> EditJob:
 
 
 def doubt(job: Any, found: Defaults) -> str | None:
-    return doubt_of(job, found, HERE, "mine")
+    return doubt_of(job, found, lambda: HERE, "mine")
 
 
 @pytest.mark.parametrize("origin", ["published", "tuned here"])
 def test_what_is_known_is_not_doubted(origin: Any) -> None:
     assert doubt(job(), defaults(origin)) is None
-    assert origin_of(job(), defaults(origin), HERE).startswith(f"{origin}: no published")
+    assert origin_of(job(), defaults(origin), lambda: HERE).startswith(f"{origin}: no published")
 
 
 def test_what_is_guessed_is_named_with_the_remedy() -> None:
@@ -71,14 +71,16 @@ def test_statistics_need_no_lambda() -> None:
 
 def test_settings_that_were_tuned_for_this_model_say_so() -> None:
     tuned = job(layers=(1,), solve={"lam": 3.0}, tuned=RECORD | {"model_digest": HERE})
-    assert origin_of(tuned, defaults(), HERE).startswith("tuned: 12 trials with 30 facts at once")
+    assert origin_of(tuned, defaults(), lambda: HERE).startswith(
+        "tuned: 12 trials with 30 facts at once"
+    )
     assert doubt(tuned, defaults()) is None
 
 
 @pytest.mark.parametrize("origin", ["published", "guessed"])
 def test_settings_that_were_tuned_for_another_model_are_doubted(origin: Any) -> None:
     tuned = job(layers=(1,), solve={"lam": 3.0}, tuned=RECORD)
-    assert origin_of(tuned, defaults(origin), HERE).startswith(f"{origin}: ")
+    assert origin_of(tuned, defaults(origin), lambda: HERE).startswith(f"{origin}: ")
     told = doubt(tuned, defaults(origin))
     assert told is not None and "tuned for theirs, another model (222222222222…" in told
 
@@ -87,3 +89,18 @@ def test_a_record_is_as_tune_writes_it() -> None:
     assert record_of(job()) is None
     with pytest.raises(InputError, match="not what `memedit tune` writes: trials"):
         record_of(job(tuned={n: v for n, v in RECORD.items() if n != "trials"}))
+
+
+def test_a_model_that_is_not_read_is_taken_for_the_one_that_was_tuned() -> None:
+    """A plan does not fetch the weights."""
+    tuned = job(layers=(1,), solve={"lam": 3.0}, tuned=RECORD)
+    assert origin_of(tuned, defaults(), lambda: None).startswith("tuned: ")
+    assert doubt_of(tuned, defaults(), lambda: None, "mine") is None
+
+
+def test_without_a_record_no_model_is_read() -> None:
+    def read() -> str:
+        raise AssertionError
+
+    assert origin_of(job(), defaults(), read).startswith("guessed: ")
+    assert doubt_of(job(), defaults(), read, "mine") is not None
