@@ -21,7 +21,7 @@ from workflows.progress import duration
 
 _HEADLINES = {
     "better": "Better settings were found.",
-    "same": "Settings were found that do as well.",
+    "same": "No difference that these facts can show.",
     "worse": "What was found does not hold on other facts.",
 }
 _FIGURES = ("score", "efficacy_exact", "neighbourhood", "drift_kl", "perplexity")

@@ -56,6 +56,9 @@ def verdict_of(
     if interval is not None:
         low, high = (_signed(metric, end) for end in interval)
         sure = f" (95%: {low} to {high})"
+    if tone == "same" and abs(change) < metric.noise:
+        text = f"{value}, as with the settings that the search began with{sure}."
+        return {**found, "change": change, "interval": _plain(interval), "tone": tone, "text": text}
     told = {"better": "", "worse": "; keep those", "same": ", no more than chance may give"}[tone]
     text = (
         f"{value}, against {metric.show(old)} with the settings that the search began with: "
@@ -65,7 +68,7 @@ def verdict_of(
         "before": old,
         "after": new,
         "change": change,
-        "interval": None if interval is None else list(interval),
+        "interval": _plain(interval),
         "tone": tone,
         "text": text,
     }
@@ -80,6 +83,10 @@ def _tone(metric: Metric, old: float, new: float, interval: tuple[float, float] 
     if high < 0:
         return "worse" if metric.higher_is_better else "better"
     return "same"
+
+
+def _plain(interval: tuple[float, float] | None) -> list[float] | None:
+    return None if interval is None else list(interval)
 
 
 def _signed(metric: Metric, change: float) -> str:
