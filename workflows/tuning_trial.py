@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ from workflows.moments import TokenSource, load_stats
 from workflows.progress import Timed
 from workflows.session import Base, encode_fact
 from workflows.tuning_settings import TuneJob
+
+_NEARER = 0.05
+"""In nats a token; what is nearer than this to being said is so by chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,18 +173,26 @@ class Half:
 
         As long as gates are missed, by fewer of them and then by less. Else the objective decides,
         then the facts that are really said, then drift. Values nearer to each other than a metric's
-        noise are equal. Without the second, drift would choose the edit that does nothing wherever
-        the objective cannot tell.
+        noise are equal. Where no fact is said, the nearest to it decides in place of drift, which
+        would choose the edit that does nothing.
         """
-        metrics = trial.evaluation.metrics if trial.evaluation else {}
-        job = self.bench.job
-        if _in_noise(job.objective, metrics) is None:
+        found, job = trial.evaluation, self.bench.job
+        if found is None or found.metrics[job.objective] is None:
             return None
+        if not all(math.isfinite(found.metrics[key] or 0) for key in (job.objective, "drift_kl")):
+            return None  # a ruined model
         missed = [gate for gate in job.gates if self.missed(gate, trial)]
         if missed:
-            return (-len(missed), sum(_in_noise(gate.metric, metrics) or 0 for gate in missed))
-        decide = (job.objective, "efficacy_exact", "drift_kl")
-        return (0, *(round(_in_noise(key, metrics) or 0) for key in decide))
+            short = (_in_noise(gate.metric, found.metrics) or 0 for gate in missed)
+            return (-len(missed), sum(short))
+        decide = [job.objective, "efficacy_exact"]
+        if found.metrics["efficacy_exact"]:
+            decide.append("drift_kl")
+            nearest = 0.0
+        else:
+            nearest = fmean(fact.logprob_new for fact in found.facts) / _NEARER
+        values = (*(_in_noise(key, found.metrics) or 0 for key in decide), nearest)
+        return (0, *map(round, values))
 
     def missed(self, gate: Gate, trial: Trial) -> str | None:
         """Why a trial does not meet a gate; None if it does."""
@@ -190,7 +202,7 @@ class Half:
 
 def _in_noise(key: str, metrics: Mapping[str, float | None]) -> float | None:
     """A metric as a multiple of its noise, the more the better; None where it was not measured."""
-    metric, value = METRIC[key], metrics.get(key)
+    metric, value = METRIC[key], metrics[key]
     if value is None or not math.isfinite(value):
         return None
     return value / metric.noise * (1 if metric.higher_is_better else -1)
