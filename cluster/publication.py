@@ -175,8 +175,9 @@ class S3Publication(Publication):
         return manifest
 
     def appear(self) -> None:
-        """See `Publication`: the last file by name appears last."""
-        *files, last = sorted(p for p in self.staging.rglob("*") if p.is_file())
+        """See `Publication`: what says that the place is finished appears last."""
+        found = (p for p in self.staging.rglob("*") if p.is_file())
+        *files, last = sorted(found, key=lambda p: (p.name in _ENDS, p))
         self._upload_staging(files)
         self._commit(last.relative_to(self.staging).as_posix(), last.read_bytes())
 

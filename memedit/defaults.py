@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Literal
 
 from transformers import PretrainedConfig
 
@@ -23,14 +24,27 @@ from memedit.config import (
 )
 from memedit.prompts import FIXED_CONTEXTS
 
+Origin = Literal["published", "tuned here", "guessed"]
+"""Settings are those of a paper or its code, were measured with memedit, or follow a rule."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """Settings to start from, with their source; `known` is false where they are a guess."""
+    """Settings to start from, with their source."""
 
     settings: EditSettings
     source: str
-    known: bool = True
+    origin: Origin = "published"
+
+    @property
+    def known(self) -> bool:
+        """Whether they are more than a guess."""
+        return self.origin != "guessed"
+
+    @property
+    def told(self) -> str:
+        """Where they come from, for reading."""
+        return f"{self.origin}: {self.source}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +148,8 @@ def _memit_defaults(config: PretrainedConfig, n_facts: int) -> Defaults:
         )
         return Defaults(
             settings=settings,
-            source="SmolLM2 135M: measured here at 10, 100 and 1,000 facts (benchmarks/results/)",
+            source="SmolLM2 135M, at 10, 100 and 1,000 facts (benchmarks/results/)",
+            origin="tuned here",
         )
     # Some 20 tokens for each input of the rewrite module, which is about four times as wide as the
     # residual stream: enough for C to be regular and for the score to stay where it is.
@@ -163,7 +178,7 @@ def _memit_defaults(config: PretrainedConfig, n_facts: int) -> Defaults:
             solve=SolveSettings(lam=15_000),
         ),
         source=f"no published settings for {' '.join(map(str, key))}; layers by depth, λ 15,000",
-        known=False,
+        origin="guessed",
     )
 
 

@@ -72,6 +72,39 @@ def intervals_of(
     """
     if not facts:
         return {}
+    means = _drawn_means(facts, resamples, seed)
+    return {name: _middle(column_R, scale_of(name)) for name, column_R in means.items()}
+
+
+def changes_of(
+    before: Sequence[FactResult],
+    after: Sequence[FactResult],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """The 95% interval of how much each metric has changed on the same facts, in its unit.
+
+    A paired bootstrap: each draw takes the same facts before and after, so that what makes a fact
+    easy or hard cancels out.
+
+    Args:
+        before: The judgements of a batch by one model.
+        after: By another, in the same order.
+        resamples: How often it is drawn anew.
+        seed: Of the draws.
+    """
+    if [fact.case_id for fact in before] != [fact.case_id for fact in after]:
+        raise ValueError("not the same facts, in their order")
+    if not before:
+        return {}
+    old, new = (_drawn_means(facts, resamples, seed) for facts in (before, after))
+    changes = {name: new[name] - old[name] for name in old if name in new}
+    return {name: _middle(column_R, scale_of(name)) for name, column_R in changes.items()}
+
+
+def _drawn_means(facts: Sequence[FactResult], resamples: int, seed: int) -> dict[str, Tensor]:
+    """Each metric, and the score, on every draw, [resamples]; shares are of 1."""
     names = [n for n, of in FACT_VALUES.items() if any(not math.isnan(of(f)) for f in facts)]
     values_FM = torch.tensor(
         [[FACT_VALUES[name](fact) for name in names] for fact in facts], dtype=torch.float64
@@ -82,13 +115,15 @@ def intervals_of(
         # Of a zero it is zero, as it should be: 3 / inf.
         score_R1 = len(SCORED) / (1 / parts_RP).sum(1, keepdim=True)
         names, means_RM = [*names, "score"], torch.cat([means_RM, score_R1], dim=1)
+    return dict(zip(names, means_RM.T, strict=True))
+
+
+def _middle(drawn_R: Tensor, scale: float) -> tuple[float, float]:
+    """The middle 95%, times `scale`."""
     tail = (1 - _LEVEL) / 2
-    found = {}
-    for name, column_R in zip(names, means_RM.T, strict=True):
-        drawn_R = column_R[~column_R.isnan()]  # a draw may hold no fact with such a prompt
-        low, high = torch.quantile(drawn_R, drawn_R.new_tensor([tail, 1 - tail])).tolist()
-        found[name] = (scale_of(name) * low, scale_of(name) * high)
-    return found
+    drawn_R = drawn_R[~drawn_R.isnan()]  # a draw may hold no fact with such a prompt
+    low, high = torch.quantile(drawn_R, drawn_R.new_tensor([tail, 1 - tail])).tolist()
+    return (scale * low, scale * high)
 
 
 def _resampled(values_FM: Tensor, resamples: int, generator: torch.Generator) -> Tensor:

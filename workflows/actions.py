@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workflows import render_settings, settings, submit_settings, version_settings
+from workflows import (
+    render_settings,
+    settings,
+    submit_settings,
+    tuning_settings,
+    version_settings,
+)
 from workflows.ingestion import settings as ingestion_settings
 from workflows.render_command import RENDER_EXAMPLES, RENDER_SUMMARY
 from workflows.submit_command import EXAMPLES, SUMMARY
@@ -69,6 +75,16 @@ ACTIONS: dict[str, Action] = {
         examples=(
             "memedit compare --facts facts.jsonl --methods memit,memedit,rome,ft --edits 1,10,100"
             " --out runs/compared",
+        ),
+    ),
+    "tune": Action(
+        job=tuning_settings.TuneJob,
+        run="workflows.tune:run_tune",
+        show="show_tuning",
+        summary="Search settings that fit a model, on half of some facts; judge on the rest.",
+        examples=(
+            "memedit tune --model my/model --facts facts.jsonl --out runs/tuned",
+            "memedit edit --config runs/tuned/settings.yaml --facts facts.jsonl --out runs/first",
         ),
     ),
     "generate": Action(

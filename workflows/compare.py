@@ -25,16 +25,14 @@ from memedit.outcome import Evaluation, RepairRound
 from memedit.progress import Progress
 from memedit.requests import EditRequest
 from memedit.side_effects import DriftReference
-from memedit.solve import solve_device
 from memedit.stages import judge
 from memedit.writing import whole_file
-from workflows.editing import Edited, Editing
+from workflows.editing import Edited, Editing, editing_for
 from workflows.facts import FactTable, read_facts
 from workflows.findings import SHOWN_RELATIONS, plural
 from workflows.judgements import relation_metrics, write_judgements
-from workflows.moments import TokenSource, corpus_of, load_stats, moments_for
+from workflows.moments import TokenSource, corpus_of, load_stats
 from workflows.progress import Timed
-from workflows.protection import protection_for
 from workflows.session import (
     Base,
     contexts_of,
@@ -228,39 +226,17 @@ class _Comparison:
         base, executor, progress = self.base, self.executor, self.progress
         settings = settings_of(job, base, len(requests), progress)
         source = self._source(job.method, len(requests))
-        if job.stats:
-            moments = load_stats(job.stats, base, settings, self.artifacts)
-        else:
-            moments = moments_for(
+        try:
+            yield editing_for(
+                requests,
                 source,
                 base=base,
                 settings=settings,
-                executor=executor,
-                artifacts=self.artifacts,
-                progress=progress,
-            )
-        protection = protection_for(
-            requests,
-            source,
-            base=base,
-            settings=settings,
-            executor=executor,
-            artifacts=self.artifacts,
-            progress=progress,
-        )
-        names = {i: base.arch.checkpoint_key(i, base.checkpoint.names) for i in settings.layers}
-        try:
-            yield Editing(
-                executor=executor,
-                base=base,
-                settings=settings,
                 contexts=contexts_of(settings, base, executor),
-                moments=moments,
-                protection=protection,
+                executor=executor,
                 artifacts=self.artifacts,
-                stored={i: base.checkpoint.info(name).dtype for i, name in names.items()},
-                device=solve_device(job.device),
                 progress=progress,
+                given=load_stats(job.stats, base, settings, self.artifacts) if job.stats else None,
             )
         finally:
             executor.broadcast("load", base.spec())

@@ -31,19 +31,25 @@ from memedit.outcome import (
 )
 from memedit.progress import Progress
 from memedit.requests import EditBatch
-from memedit.solve import solve_device
 from memedit.stages import SolvedLayer, judge
 from memedit.targets import Target
 from workflows.destination import destination
-from workflows.editing import Editing
+from workflows.editing import editing_for
 from workflows.facts import FactTable, read_facts, write_facts, write_rejects
 from workflows.judgements import FACTS_TABLE_NAME, write_judgements
-from workflows.moments import TokenSource, corpus_of, load_stats, moments_for
+from workflows.moments import TokenSource, corpus_of, load_stats
 from workflows.product import Product, make_product
 from workflows.progress import Timed
-from workflows.protection import protection_for
 from workflows.review import Review, ReviewAll, Trial, check_heldout
-from workflows.session import Base, contexts_of, encode_facts, open_base, open_workers, settings_of
+from workflows.session import (
+    Base,
+    contexts_of,
+    encode_facts,
+    open_base,
+    open_workers,
+    settings_of,
+    settings_origin,
+)
 from workflows.settings import EditJob, new_run_id
 
 FACTS_NAME = "facts.jsonl"
@@ -132,22 +138,16 @@ def edit_facts(
             )
         batch = table.batch
         timed.finish("load")
-        moments = given or moments_for(
-            source,
-            base=counted or base,
-            settings=settings,
-            executor=executor,
-            artifacts=artifacts,
-            progress=timed,
-        )
-        protection = protection_for(
+        editing = editing_for(
             batch.requests,
             source,
             base=base,
             settings=settings,
+            contexts=contexts,
             executor=executor,
             artifacts=artifacts,
             progress=timed,
+            given=given,
         )
         heldout = source.heldout(executor, timed)
         judged = review.choose(batch.requests)
@@ -160,18 +160,6 @@ def edit_facts(
             progress=timed,
         )
         check_heldout(job, before)
-        editing = Editing(
-            executor=executor,
-            base=base,
-            settings=settings,
-            contexts=contexts,
-            moments=moments,
-            protection=protection,
-            artifacts=artifacts,
-            stored={layer: base.checkpoint.info(names[layer]).dtype for layer in names},
-            device=solve_device(job.device),
-            progress=timed,
-        )
         targets, quarantined = editing.targets(encoded)
         if quarantined:
             for case_id, reason in quarantined.items():
@@ -215,12 +203,13 @@ def edit_facts(
             timings_s=timed.timings_s,
             settings=asdict(settings)
             | {
+                "origin": settings_origin(job, base, len(batch)),
                 "resolved_contexts": list(contexts),
                 "evaluation": asdict(job.evaluation_settings),
                 "heldout": source.corpus.spec,
-                "moments": dict(moments.settings),
-                "corpus": dict(moments.corpus),
-                "protected_prompts": protection.prompts if protection else 0,
+                "moments": dict(editing.moments.settings),
+                "corpus": dict(editing.moments.corpus),
+                "protected_prompts": editing.protected_prompts,
                 "dtype": job.dtype,
                 "device": base.device,
                 "architecture": dict(job.architecture),
@@ -257,7 +246,7 @@ def edit_facts(
     from workflows.report import write_report
 
     write_report(outcome, publication.staging / REPORT_NAME)
-    publication.publish(_manifest(outcome, base, batch, product, moments.digests))
+    publication.publish(_manifest(outcome, base, batch, product, editing.moments.digests))
     return outcome
 
 

@@ -24,11 +24,11 @@ from memedit.progress import Progress, Silent
 from memedit.prompts import EncodedRequest
 from memedit.requests import EditRequest
 from memedit.side_effects import DriftReference
-from memedit.solve import METHODS, Update
+from memedit.solve import METHODS, Update, solve_device
 from memedit.stages import SolvedLayer, find_targets, once, said, solve_layers
 from memedit.targets import Target
-from workflows.moments import StoredMoments
-from workflows.protection import Protection
+from workflows.moments import StoredMoments, TokenSource, moments_for
+from workflows.protection import Protection, protection_for
 from workflows.session import Base
 
 _LEAST_DRIFT = 1e-3
@@ -60,6 +60,11 @@ class Editing:
     """The dtype of each layer's weight in the checkpoint."""
     device: torch.device
     progress: Progress
+
+    @property
+    def protected_prompts(self) -> int:
+        """How many prompts are protected."""
+        return self.protection.prompts if self.protection else 0
 
     def targets(
         self, encoded: Sequence[EncodedRequest], *, model: str | None = None
@@ -254,6 +259,63 @@ class Editing:
             sorted(self.moments.digests.items()),
             sorted(protected.digests.items()) if protected else None,
         )
+
+
+def editing_for(
+    requests: Sequence[EditRequest],
+    source: TokenSource,
+    *,
+    base: Base,
+    settings: EditSettings,
+    contexts: tuple[str, ...],
+    executor: Executor,
+    artifacts: Artifacts,
+    progress: Progress,
+    given: StoredMoments | None = None,
+) -> Editing:
+    """A method that is ready to begin: what it needs is counted now, where it was not kept.
+
+    Args:
+        requests: The facts, whose templates make the prompts that are protected.
+        source: The text to count, on the model that it names.
+        base: What is edited; the workers hold it.
+        settings: Checked, see `workflows.session.settings_of`.
+        contexts: See `workflows.session.contexts_of`.
+        executor: Where the work is done.
+        artifacts: What earlier runs have kept.
+        progress: Told of each stage.
+        given: Second moments to use instead of counting them.
+    """
+    moments = given or moments_for(
+        source,
+        base=source.base,
+        settings=settings,
+        executor=executor,
+        artifacts=artifacts,
+        progress=progress,
+    )
+    protection = protection_for(
+        requests,
+        source,
+        base=base,
+        settings=settings,
+        executor=executor,
+        artifacts=artifacts,
+        progress=progress,
+    )
+    names = {i: base.arch.checkpoint_key(i, base.checkpoint.names) for i in settings.layers}
+    return Editing(
+        executor=executor,
+        base=base,
+        settings=settings,
+        contexts=contexts,
+        moments=moments,
+        protection=protection,
+        artifacts=artifacts,
+        stored={i: base.checkpoint.info(name).dtype for i, name in names.items()},
+        device=solve_device(base.job.device),
+        progress=progress,
+    )
 
 
 def target_digests(

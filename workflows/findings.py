@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from memedit.outcome import EditOutcome, FactResult, TargetTrace
 
@@ -230,6 +230,26 @@ OF_A_RELATION = ("score", "efficacy", "efficacy_exact", "paraphrase", "neighbour
 def plural(count: int, noun: str) -> str:
     """`1 fact`, `1,200 facts`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+SETTING_NAMES = {
+    "layers": "layers",
+    "lam": "λ",
+    "weight": "protect weight",
+    "lr": "learning rate",
+    "steps": "steps",
+    "clamp": "clamp",
+}
+"""What a person calls a setting that is searched."""
+
+
+def setting_text(value: Any) -> str:
+    """A setting for reading; layers as `5-9` where they are a run."""
+    if value is None:
+        return ""
+    if isinstance(value, list | tuple):
+        return layers_text(value).partition(" ")[2]
+    return f"{value:,g}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 def layers_text(layers: Iterable[int]) -> str:

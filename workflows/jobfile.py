@@ -40,6 +40,7 @@ from workflows.settings import (
     StatsJob,
 )
 from workflows.submit_settings import LogsJob, StatusJob, StopJob
+from workflows.tuning_settings import TuneJob
 from workflows.version_settings import (
     ApplyJob,
     DiffJob,
@@ -59,6 +60,7 @@ JOBS: dict[str, type[Job]] = {
     "stats": StatsJob,
     "evaluate": EvaluateJob,
     "compare": CompareJob,
+    "tune": TuneJob,
     "generate": GenerateJob,
     "plan": PlanJob,
     "verify": VerifyJob,
@@ -156,7 +158,7 @@ def load_job(
     return job
 
 
-_FREE = ("architecture", "source", "hooks", "lineage")
+_FREE = ("architecture", "source", "hooks", "lineage", "tuned")
 """Mappings whose fields are checked by whoever reads them."""
 _MAPPINGS = (*SECTIONS, *_FREE)
 _PLACES_IN = {"source": ("path", "catalog", "templates"), "lineage": ("file",)}

@@ -286,23 +286,27 @@ def moments_for(
         settings=asdict(settings.moments),
     )
 
-    def all_kept() -> bool:
-        return all(map(artifacts.has_moment, digests.values()))
+    def missing() -> tuple[int, ...]:
+        """The layers to count: all that stop together, or those that were not kept."""
+        found = tuple(i for i in settings.layers if not artifacts.has_moment(digests[i]))
+        return settings.layers if found and settings.moments.tolerance > 0 else found
 
-    if all_kept():
+    layers = missing()
+    if not layers:
         progress.start("stats", total=len(digests), unit="layers")
         progress.advance("stats", len(digests))
         progress.finish("stats")
         return stored
     windows = source.windows(executor, progress)
-    unfinished = KeptMoments(artifacts, digest_of(digests, windows_digest(windows)))
+    counted = {layer: digests[layer] for layer in layers}
+    unfinished = KeptMoments(artifacts, digest_of(counted, windows_digest(windows)))
     with unfinished.held() as kept:
-        if all_kept():  # by the run that held it before
+        if not missing():  # by the run that held it before
             return stored
         for moment in collect_moments(
             executor,
             windows,
-            layers=settings.layers,
+            layers=layers,
             settings=settings.moments,
             progress=progress,
             kept=kept,

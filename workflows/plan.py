@@ -31,7 +31,6 @@ from memedit.cost import (
     statistics_work,
     targets_work,
 )
-from memedit.defaults import defaults_for
 from memedit.errors import InputError
 from memedit.evaluate import GENERATION_EXTRA_TOKENS, questions
 from memedit.model import DTYPES, load_config, load_tokenizer
@@ -56,6 +55,7 @@ from workflows.session import (
     device_of_job,
     encode_facts,
     settings_of,
+    settings_origin,
 )
 from workflows.settings import PlanJob
 
@@ -159,9 +159,7 @@ def run_plan(job: PlanJob, progress: Progress) -> Mapping[str, Any]:
             "sizes_from": absent or "the headers of the weight files",
         },
         "facts": _facts(table, texts),
-        "method": _method(
-            settings, defaults_for(base.config, len(table.requests)).source, contexts
-        ),
+        "method": _method(settings, settings_origin(job, base, len(table.requests)), contexts),
         "statistics": _statistics(job, settings, corpus),
         "weights": _weights(base.checkpoint, names),
         "shards": shards,

@@ -18,9 +18,11 @@ from workflows.fact_tables import (
 )
 from workflows.findings import (
     METRIC,
+    SETTING_NAMES,
     SHOWN_RELATIONS,
     interval_text,
     metrics_to_show,
+    setting_text,
 )
 from workflows.submit_tables import run_table, runs_table
 from workflows.tables import (
@@ -47,6 +49,7 @@ def show_edit(outcome: EditOutcome, stream: TextIO) -> None:
     rows = [
         ("facts", f"{facts.accepted} of {facts.read} accepted"),
         ("perplexity of", "text sampled from the model" if heldout == "self" else heldout),
+        ("settings", outcome.settings.get("origin")),
         ("rejects", facts.rejects),
         (_PUBLISHED[outcome.format], outcome.out),
         ("adapter", _adapter(outcome)),
@@ -140,6 +143,29 @@ def show_comparison(result: Mapping[str, Any], stream: TextIO) -> None:
     names = ("facts", "method", *(METRIC[key].label for key in _COMPARED), "")
     console.print(rows_table(None, names, rows))
     console.print(f"all of it: {result['out']}")
+
+
+def show_tuning(result: Mapping[str, Any], stream: TextIO) -> None:
+    """A line a trial, what was chosen, and the verdict."""
+    console = _console(stream)
+    keys = list(dict.fromkeys((result["objective"], "efficacy_exact", "neighbourhood", "drift_kl")))
+    rows = []
+    for trial in result["trials"]:
+        found, moved = trial["metrics"] or {}, trial["moved"]
+        value = setting_text(trial["settings"][moved]) if moved else ""
+        mark = "chosen" if trial["trial"] == result["trial"] else trial["failed"] or ""
+        shown = (METRIC[key].show(found.get(key)) for key in keys)
+        what = f"{SETTING_NAMES[moved]} {value}" if moved else "as at first"
+        rows.append((f"{trial['trial']}: {what}", *shown, mark))
+    console.print(rows_table(None, ("trial", *(METRIC[key].label for key in keys), ""), rows))
+    chosen = result["chosen"].items()
+    lines = [
+        ", ".join(f"{SETTING_NAMES[name]} {setting_text(value)}" for name, value in chosen),
+        result["verdict"]["text"],
+        *(f"on the held-out half, {missed}" for missed in result["verdict"]["gates_missed"]),
+        f"memedit edit --config {result['settings_file']} --facts FACTS --out OUT",
+    ]
+    _print(stream, lines)
 
 
 def show_continuations(result: Mapping[str, Any], stream: TextIO) -> None:

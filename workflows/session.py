@@ -37,7 +37,8 @@ from memedit.stages import once
 from memedit.targets import default_tokens_per_batch
 from workflows.facts import FactTable, Reject
 from workflows.models import resolve_model
-from workflows.settings import MethodJob, ModelJob, SpreadJob, WorkJob
+from workflows.origin import doubt_of, origin_of
+from workflows.settings import MethodJob, ModelJob, PlanJob, SpreadJob, WorkJob
 
 T = TypeVar("T")
 
@@ -57,6 +58,14 @@ class Base:
     def device(self) -> str:
         """Where to compute."""
         return device_of_job(self.job)
+
+    def identity(self) -> str | None:
+        """The checkpoint's digest; None where a plan would have to fetch the weights for it."""
+        files = self.checkpoint.files
+        if isinstance(self.job, PlanJob) and files.here is None:
+            return None
+        there = all(files.size(shard) is not None for shard in self.checkpoint.shards)
+        return self.checkpoint.digest if there else None
 
     def spec(
         self,
@@ -136,8 +145,8 @@ def settings_of(job: WorkJob, base: Base, n_facts: int, progress: Progress) -> E
         raise InputError(f"{settings.method} edits one layer", field="layers")
     if settings.method == "ft" and job.dtype != "float32":
         raise InputError("fine-tuning computes in float32, where small steps add up", field="dtype")
-    if not defaults.known:
-        progress.message(f"{base.name}: {defaults.source}; look at the report before you trust it")
+    if doubt := doubt_of(job, defaults, base.identity, base.name):
+        progress.message(doubt)
     batch = settings.targets.tokens_per_batch
     batch = batch or default_tokens_per_batch(torch.device(base.device))
     return replace(
@@ -145,6 +154,11 @@ def settings_of(job: WorkJob, base: Base, n_facts: int, progress: Progress) -> E
         layers=base.arch.check_layers(settings.layers),
         targets=replace(settings.targets, tokens_per_batch=batch),
     )
+
+
+def settings_origin(job: WorkJob, base: Base, n_facts: int) -> str:
+    """Where the settings come from, for the record: published, tuned here, or guessed."""
+    return origin_of(job, defaults_for(base.config, n_facts), base.identity)
 
 
 def open_workers(job: SpreadJob, spec: ModelSpec, progress: Progress) -> Executor:

@@ -9,7 +9,7 @@ that `memedit --help` is quick.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -240,6 +240,9 @@ class MethodJob(WorkJob):
         " one of its relatives.",
         group="Method",
     )
+    tuned: Mapping[str, Any] = option(
+        {}, "How the settings were found, as `memedit tune` writes it.", flag=False
+    )
     contexts: Mapping[str, Any] = section("contexts")
     targets: Mapping[str, Any] = section("targets")
     solve: Mapping[str, Any] = section("solve")
@@ -350,12 +353,21 @@ class EditJob(FactsJob, PublishJob):
     def check(self) -> None:
         """See `Job`: what a gate speaks of is there."""
         super().check()
-        for gate in self.gates:
-            if gate.group or gate.model == "previous":
-                raise InputError(
-                    f"{gate}: groups of facts and the version before are known to `memedit ingest`",
-                    field="gate",
-                )
+        check_gates_of_one_edit(self.gates)
+
+
+def check_gates_of_one_edit(gates: Sequence[Gate]) -> None:
+    """Refuse gates on what only a series of versions has.
+
+    Raises:
+        InputError: Names one of them.
+    """
+    for gate in gates:
+        if gate.group or gate.model == "previous":
+            raise InputError(
+                f"{gate}: groups of facts and the version before are known to `memedit ingest`",
+                field="gate",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

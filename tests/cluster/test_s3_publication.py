@@ -12,7 +12,7 @@ import pytest
 
 from cluster import compose, s3_sink
 from cluster.compose import MIN_PART_BYTES
-from cluster.publication import open_publication
+from cluster.publication import S3Publication, open_publication
 from cluster.storage import StorageSettings
 from cluster.store import open_files
 from memedit.checkpoint import Checkpoint
@@ -236,6 +236,26 @@ def test_a_changed_byte_is_found_where_the_checksum_is_gone(
     assert {(p.file, p.kind) for p in problems} == {(shard, "checksum")}
     # A quick look reads no shard whole.
     assert verify(open_files(f"{s3}/out"), quick=True) == []
+
+
+def test_what_says_that_a_place_is_finished_appears_last(
+    s3: str, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay: list[set[str]] = []
+    commit = S3Publication._commit
+
+    def watched(publication: S3Publication, name: str, content: bytes) -> None:
+        lay.append({name, *bucket.below(s3)})
+        commit(publication, name, content)
+
+    monkeypatch.setattr(S3Publication, "_commit", watched)
+    with open_publication(s3, run_id="r") as publication:
+        for name in ("results.json", "settings.yaml", "z/last"):
+            (publication.staging / name).parent.mkdir(exist_ok=True)
+            (publication.staging / name).write_text(name)
+        publication.appear()
+    (seen,) = lay
+    assert seen >= {"results.json", "settings.yaml", "z/last"}
 
 
 def test_a_folder_appears_as_it_is(s3: str, bucket: Bucket) -> None:

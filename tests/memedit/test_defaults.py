@@ -53,6 +53,7 @@ def test_published_settings(name: str) -> None:
     config, (layers, lam, lr, steps, clamp) = PUBLISHED[name]
     found = defaults_for(config, 100)
     assert found.known and found.source.startswith(name)
+    assert found.told.startswith(f"published: {name}: ")
     settings = found.settings
     assert settings.layers == tuple(layers)
     assert settings.solve.lam == lam
@@ -67,6 +68,7 @@ def test_smollm2_is_known_and_its_lambda_grows_with_the_facts() -> None:
     counts = (1, 5, 10, 30, 100, 300, 1000, 5000)
     found = [defaults_for(config, n) for n in counts]
     assert all(each.known for each in found)
+    assert {each.origin for each in found} == {"tuned here"}
     assert {each.settings.layers for each in found} == {found[0].settings.layers}
     lams = [each.settings.solve.lam or 0 for each in found]
     assert all(lam > 0 for lam in lams)
@@ -79,7 +81,7 @@ def test_smollm2_is_known_and_its_lambda_grows_with_the_facts() -> None:
 
 def test_a_model_of_another_size_is_not_taken_for_a_published_one() -> None:
     found = defaults_for(config_of("gpt2", n_embd=1280, n_layer=36, n_head=20), 1)
-    assert not found.known
+    assert not found.known and found.origin == "guessed"
     assert "gpt2 36 1280" in found.source
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from memedit.evaluate import summarise
-from memedit.intervals import intervals_of
+from memedit.intervals import changes_of, intervals_of
 from memedit.outcome import FactResult
 
 
@@ -86,3 +86,29 @@ def test_the_same_facts_give_the_same_and_another_seed_others() -> None:
     first = intervals_of(facts, resamples=40)
     assert first == intervals_of(facts, resamples=40)
     assert first != intervals_of(facts, resamples=40, seed=1)
+
+
+def test_a_change_is_drawn_on_the_same_facts() -> None:
+    """Against the percentiles of the mean difference over all draws of five facts."""
+    before = [replace(fact(said), case_id=str(i)) for i, said in enumerate((1, 0, 1, 0, 0))]
+    after = [replace(fact(said), case_id=str(i)) for i, said in enumerate((1, 1, 0, 1, 0))]
+    differences = (0, 1, -1, 1, 0)
+    drawn = torch.tensor(
+        [sum(differences[i] for i in draw) / 5 for draw in product(range(5), repeat=5)],
+        dtype=torch.float64,
+    )
+    expected = 100 * torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64))
+    found = changes_of(before, after, resamples=20_000)
+    assert found["efficacy_exact"] == pytest.approx(expected.tolist(), abs=1e-6)
+    assert found["neighbourhood"] == (0, 0)
+    # What makes a fact hard is in both, so the change is surer than the difference of two draws.
+    alone = intervals_of(after)["efficacy_exact"]
+    same = changes_of(after, after)["efficacy_exact"]
+    assert same == (0, 0) and alone[1] - alone[0] > 0
+
+
+def test_a_change_is_of_the_same_facts() -> None:
+    one, other = (replace(fact(True), case_id=name) for name in "ab")
+    with pytest.raises(ValueError, match="not the same facts"):
+        changes_of([one], [other])
+    assert changes_of([], []) == {}

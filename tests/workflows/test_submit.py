@@ -41,6 +41,7 @@ from workflows.submit import (
     submit,
     submitted_defaults,
 )
+from workflows.tuning_settings import TuneJob
 from workflows.version_settings import ApplyJob, VerifyJob
 
 __all__ = ["cluster", "no_cluster_around"]
@@ -81,6 +82,16 @@ JOBS_TO_SEND: list[Job] = [
         architecture={"blocks": "model.layers.{}", "yes": "no"},
     ),
     StatsJob(out="/s", corpus="text/*.parquet", layers=(1,)),
+    TuneJob(
+        facts="f",
+        out="/o",
+        run_id="r",
+        trials=7,
+        budget_s=90.5,
+        search="lam,weight",
+        gate=("perplexity<=base*1.1",),
+        tuned={"when": "2026-11-29 12:00 UTC", "trials": 12, "corpus": "it's: self"},
+    ),
     EvaluateJob(facts="f", base="smollm2", text="self", out="/o", workers=3, run_id="r"),
     GenerateJob(prompts=("--model", "two\nlines", "Ünï 😀", "-"), tokens=3),
     PlanJob(facts="f", matrix_gflops=12.5, stats="/s"),
@@ -129,7 +140,7 @@ def test_what_runs_a_model_can_be_submitted() -> None:
     group = cli.commands["submit"]
     assert isinstance(group, click.Group)
     assert group.commands.keys() == {
-        *("edit", "stats", "evaluate", "compare", "generate", "plan", "apply", "ingest")
+        *("edit", "stats", "evaluate", "compare", "tune", "generate", "plan", "apply", "ingest")
     }
     with pytest.raises(InputError, match="verify is not run on a cluster"):
         submit(VerifyJob(version="v"), address="http://127.0.0.1:1")

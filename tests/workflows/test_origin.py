@@ -1,0 +1,106 @@
+"""Where settings come from, and when a person is told that they are only guessed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from memedit.config import EditSettings
+from memedit.defaults import Defaults
+from memedit.errors import InputError
+from workflows.origin import doubt_of, origin_of, record_of
+from workflows.settings import EditJob, StatsJob
+
+HERE, ELSEWHERE = "1" * 64, "2" * 64
+RECORD: dict[str, Any] = {
+    "model": "theirs",
+    "model_digest": ELSEWHERE,
+    "facts": "facts.jsonl",
+    "facts_digest": "3" * 64,
+    "facts_at_once": 30,
+    "corpus": "self",
+    "objective": "score",
+    "trials": 12,
+    "when": "2026-11-29 12:00 UTC",
+    "run_id": "r",
+    "memedit": "0.1.0",
+}
+
+
+def defaults(origin: Any = "guessed") -> Defaults:
+    return Defaults(
+        settings=EditSettings(), source="no published settings for x 1 2", origin=origin
+    )
+
+
+def job(**fields: Any) -> EditJob:
+    return EditJob(facts="f", out="o", **fields)
+
+
+def doubt(job: Any, found: Defaults) -> str | None:
+    return doubt_of(job, found, lambda: HERE, "mine")
+
+
+@pytest.mark.parametrize("origin", ["published", "tuned here"])
+def test_what_is_known_is_not_doubted(origin: Any) -> None:
+    assert doubt(job(), defaults(origin)) is None
+    assert origin_of(job(), defaults(origin), lambda: HERE).startswith(f"{origin}: no published")
+
+
+def test_what_is_guessed_is_named_with_the_remedy() -> None:
+    told = doubt(job(), defaults())
+    assert told is not None
+    assert told.startswith("mine: no published settings") and "`memedit tune`" in told
+    assert "layers and λ are guessed" in told
+
+
+def test_only_what_was_not_given_is_a_guess() -> None:
+    told = doubt(job(layers=(1, 2)), defaults())
+    assert told is not None and "; λ are guessed" not in told and "λ is guessed" in told
+    assert doubt(job(layers=(1, 2), solve={"lam": 3.0}), defaults()) is None
+    told = doubt(job(solve={"lam": 3.0}), defaults())
+    assert told is not None and "layers are guessed" in told
+
+
+def test_statistics_need_no_lambda() -> None:
+    assert doubt(StatsJob(out="o", layers=(1,)), defaults()) is None
+    told = doubt(StatsJob(out="o"), defaults())
+    assert told is not None and "layers are guessed" in told
+
+
+def test_settings_that_were_tuned_for_this_model_say_so() -> None:
+    tuned = job(layers=(1,), solve={"lam": 3.0}, tuned=RECORD | {"model_digest": HERE})
+    assert origin_of(tuned, defaults(), lambda: HERE).startswith(
+        "tuned: 12 trials with 30 facts at once"
+    )
+    assert doubt(tuned, defaults()) is None
+
+
+@pytest.mark.parametrize("origin", ["published", "guessed"])
+def test_settings_that_were_tuned_for_another_model_are_doubted(origin: Any) -> None:
+    tuned = job(layers=(1,), solve={"lam": 3.0}, tuned=RECORD)
+    assert origin_of(tuned, defaults(origin), lambda: HERE).startswith(f"{origin}: ")
+    told = doubt(tuned, defaults(origin))
+    assert told is not None and "tuned for theirs, another model (222222222222…" in told
+
+
+def test_a_record_is_as_tune_writes_it() -> None:
+    assert record_of(job()) is None
+    with pytest.raises(InputError, match="not what `memedit tune` writes: trials"):
+        record_of(job(tuned={n: v for n, v in RECORD.items() if n != "trials"}))
+
+
+def test_a_model_that_is_not_read_is_taken_for_the_one_that_was_tuned() -> None:
+    """A plan does not fetch the weights."""
+    tuned = job(layers=(1,), solve={"lam": 3.0}, tuned=RECORD)
+    assert origin_of(tuned, defaults(), lambda: None).startswith("tuned: ")
+    assert doubt_of(tuned, defaults(), lambda: None, "mine") is None
+
+
+def test_without_a_record_no_model_is_read() -> None:
+    def read() -> str:
+        raise AssertionError
+
+    assert origin_of(job(), defaults(), read).startswith("guessed: ")
+    assert doubt_of(job(), defaults(), read, "mine") is not None
