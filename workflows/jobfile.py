@@ -38,6 +38,7 @@ from workflows.settings import (
     PlanJob,
     PublishJob,
     StatsJob,
+    TraceJob,
 )
 from workflows.submit_settings import LogsJob, StatusJob, StopJob
 from workflows.version_settings import (
@@ -59,6 +60,7 @@ JOBS: dict[str, type[Job]] = {
     "stats": StatsJob,
     "evaluate": EvaluateJob,
     "compare": CompareJob,
+    "trace": TraceJob,
     "generate": GenerateJob,
     "plan": PlanJob,
     "verify": VerifyJob,

@@ -16,7 +16,7 @@ from workflows.fact_tables import (
     rejects_tables,
     why_tables,
 )
-from workflows.findings import METRIC, METRICS, interval_text
+from workflows.findings import METRIC, METRICS, interval_text, plural
 from workflows.submit_tables import run_table, runs_table
 from workflows.tables import (
     before_after_table,
@@ -111,6 +111,22 @@ def show_comparison(result: Mapping[str, Any], stream: TextIO) -> None:
         rows.append((f"{row['edits']:,}", row["method"], *shown, row["failed"] or ""))
     names = ("facts", "method", *(METRIC[key].label for key in _COMPARED), "")
     console.print(rows_table(None, names, rows))
+    console.print(f"all of it: {result['out']}")
+
+
+def show_trace(result: Mapping[str, Any], stream: TextIO) -> None:
+    """What was traced, and the layers to edit."""
+    console = _console(stream)
+    facts, total = result["facts"], result["total_effect"]
+    console.print(
+        f"{plural(facts['traced'], 'fact')} traced, {facts['skipped']} skipped; the noise takes"
+        f" {100 * total['mean']:.1f} points of {100 * result['clean']:.1f}% from the object"
+    )
+    proposal = result["proposal"]
+    if proposal is None:
+        console.print("no layers to propose: the MLPs add nothing at the subject's last token")
+    else:
+        console.print(f"--layers {proposal['flag']}")
     console.print(f"all of it: {result['out']}")
 
 

@@ -37,7 +37,7 @@ from memedit.stages import once
 from memedit.targets import default_tokens_per_batch
 from workflows.facts import FactTable, Reject
 from workflows.models import resolve_model
-from workflows.settings import MethodJob, ModelJob, WorkJob
+from workflows.settings import MethodJob, ModelJob, SpreadJob, WorkJob
 
 T = TypeVar("T")
 
@@ -83,9 +83,9 @@ def device_of_job(job: ModelJob) -> str:
     Raises:
         InputError: There is no such device, or workers ask for GPUs that are not to be used.
     """
-    on_ray = isinstance(job, WorkJob) and job.executor == "ray"
+    on_ray = isinstance(job, SpreadJob) and job.executor == "ray"
     if job.device == "auto":
-        if isinstance(job, WorkJob) and on_ray:
+        if isinstance(job, SpreadJob) and on_ray:
             return "cuda" if job.gpus_per_worker else "cpu"
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -93,7 +93,7 @@ def device_of_job(job: ModelJob) -> str:
     except RuntimeError as error:
         wanted = "write cpu, cuda, cuda:1 or auto"
         raise InputError(f"no device {job.device!r}; {wanted}", field="device") from error
-    if isinstance(job, WorkJob) and on_ray and kind == "cpu" and job.gpus_per_worker:
+    if isinstance(job, SpreadJob) and on_ray and kind == "cpu" and job.gpus_per_worker:
         raise InputError(
             "computes on the CPU while the workers ask for GPUs; set one of the two",
             field="gpus_per_worker",
@@ -105,7 +105,7 @@ def device_of_job(job: ModelJob) -> str:
 
 def gpus_of_job(job: ModelJob) -> int:
     """Over how many GPUs one worker spreads the model."""
-    return max(1, int(job.gpus_per_worker)) if isinstance(job, WorkJob) else 1
+    return max(1, int(job.gpus_per_worker)) if isinstance(job, SpreadJob) else 1
 
 
 def open_base(job: ModelJob, progress: Progress) -> Base:
@@ -147,7 +147,7 @@ def settings_of(job: WorkJob, base: Base, n_facts: int, progress: Progress) -> E
     )
 
 
-def open_workers(job: WorkJob, spec: ModelSpec, progress: Progress) -> Executor:
+def open_workers(job: SpreadJob, spec: ModelSpec, progress: Progress) -> Executor:
     """Start the workers that the job asks for; what goes wrong and is mended is told."""
     return open_executor(
         job.executor,

@@ -27,7 +27,7 @@ from memedit.errors import InputError, MemeditError
 from memedit.progress import Progress
 from workflows.arguments import arguments_of, command_of
 from workflows.jobfile import RESERVED
-from workflows.settings import Job, WorkJob, new_run_id
+from workflows.settings import Job, SpreadJob, new_run_id
 from workflows.submit_settings import LogsJob, StatusJob, StopJob, SubmitJob
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ LARGEST_UPLOAD_BYTES = 100 << 20
 
 def submitted_defaults(kind: type[Job]) -> dict[str, object]:
     """What a job of `kind` is by default when it is submitted (for `load_job`)."""
-    return {"executor": "ray", "address": "auto"} if issubclass(kind, WorkJob) else {}
+    return {"executor": "ray", "address": "auto"} if issubclass(kind, SpreadJob) else {}
 
 
 @dataclass(frozen=True, kw_only=True)
