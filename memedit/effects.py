@@ -151,7 +151,10 @@ def propose(curves: Sequence[Curve], gap_RL: Tensor) -> Proposal | None:
     one, and the layers before it, five in all or a quarter of a small model's layers.
     """
     of: Mapping[str, Curve] = {c.kind: c for c in curves if c.position == CRITICAL}
-    gap_L = torch.tensor(of["hidden"].mean) - torch.tensor(of["mlp_severed"].mean)
+    whole_L, severed_L = (
+        torch.tensor(of[kind].mean, dtype=torch.float64) for kind in ("hidden", "mlp_severed")
+    )
+    gap_L = whole_L - severed_L
     last = _last_layer(gap_L)
     if last is None:
         return None

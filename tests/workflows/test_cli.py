@@ -86,6 +86,7 @@ RUNS: dict[str, list[str]] = {
     "stats": ["stats", "--out", "o"],
     "evaluate": ["evaluate", "--facts", "f"],
     "compare": ["compare", "--facts", "f", "--out", "o"],
+    "trace": ["trace", "--facts", "f", "--out", "o"],
     "generate": ["generate", "a text"],
     "plan": ["plan", "--facts", "f"],
     "apply": ["apply", "d", "--out", "o"],
