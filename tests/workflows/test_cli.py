@@ -139,7 +139,7 @@ def test_every_flag_is_a_field_of_the_job_file(
         "dtype": "float16", "on_bad_row": "skip", "method": "memit", "gate": ["score>=1"],
         "layers": "3-4", "seed": 4, "workers": 2, "gpus_per_worker": 1.0, "tokens": 5,
         "attempts": 4, "stall_timeout_s": 60.0,
-        "matrix_gflops": 50.0, "keep": 3, "keep_days": 1.5, "run": True, "remove": True,
+        "matrix_gflops": 50.0, "keep": 3, "limit": 7, "keep_days": 1.5, "run": True, "remove": True,
         "quick": True, "format": "lora", "lora_rank": 16,
         "name": "night-1", "follow": True,
         "methods": "memit,rome", "edits": "1,2",
