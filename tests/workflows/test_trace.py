@@ -168,6 +168,12 @@ def test_so_many_and_no_more(base: Path, tmp_path: Path) -> None:
         (FACTS, ("--set", "trace.noise=0"), "trace.noise", "above 0"),
         (FACTS, ("--set", "trace.facts=al"), "trace.facts", "did you mean"),
         (FACTS, ("--limit", "0"), "limit", "at least 1"),
+        (
+            FACTS,
+            (*ALL, "--set", "architecture.attention=attn.proj"),
+            "architecture.attention",
+            "holds self_attn, mlp",
+        ),
         ([{**FACTS[0], "prompt": "{} " + "word " * 200}], (), "prompt", "the model reads 256"),
     ],
 )
