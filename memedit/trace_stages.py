@@ -16,7 +16,7 @@ from memedit.scoring import Ids
 from memedit.stages import once
 from memedit.tracing import FactTrace, TraceRequest
 
-FACTS_PER_TRACE_UNIT = 4
+FACTS_PER_TRACE_UNIT = 8
 """Enough to fill a batch with rows of about the same length; their runs are in memory together."""
 PROMPTS_PER_UNIT = 64
 

@@ -17,7 +17,7 @@ texts, averages (`memedit.effects`) or files.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, TypeAlias
@@ -37,6 +37,7 @@ from memedit.segments import (
     device_of,
     head_positions,
     run,
+    run_to_block,
     skipped_blocks,
     stacked,
 )
@@ -84,8 +85,8 @@ class FactTrace:
 
 
 def default_tokens_per_batch(device: torch.device) -> int:
-    """Positions run at once; a CPU wants what stays in its caches, a GPU many."""
-    return 256 * torch.get_num_threads() if device.type == "cpu" else 16384
+    """Positions run at once; a CPU wants what fills its cores, a GPU many."""
+    return 512 * torch.get_num_threads() if device.type == "cpu" else 16384
 
 
 @torch.inference_mode()
@@ -146,18 +147,14 @@ def trace_facts(
         for position in range(request.subject_first, len(request.ids))
     ]
     for batch in passes.batches(everywhere):
-        for layer in range(arch.n_layers):
-            for kind in KINDS:
-                for cell, effect in zip(
-                    batch.cells, passes.restored(batch, kind, layer), strict=True
-                ):
+        for kind in KINDS:
+            for layer, found_C in enumerate(passes.restored(batch, kind)):
+                for cell, effect in zip(batch.cells, found_C, strict=True):
                     effects[kind][cell.fact][layer, cell.position] = effect
-    for batch in passes.batches([c for c in everywhere if passes.is_subject_last(c)]):
-        for layer in range(arch.n_layers):
-            for part in PARTS:
-                for cell, effect in zip(
-                    batch.cells, passes.severed(batch, part, layer), strict=True
-                ):
+    for batch in passes.batches([cell for cell in everywhere if passes.is_subject_last(cell)]):
+        for part in PARTS:
+            for layer, found_C in enumerate(passes.severed(batch, part)):
+                for cell, effect in zip(batch.cells, found_C, strict=True):
                     severed[part][cell.fact][layer] = effect
     return [
         FactTrace(
@@ -329,65 +326,78 @@ class _Passes:
             targets_B=torch.tensor([self.requests[cell.fact].target_id for cell, _ in each]),
         )
 
-    def restored(self, batch: _Batch, kind: Kind, layer: int) -> Tensor:
-        """The indirect effect of restoring a kind of state at a layer, for each cell."""
+    def restored(self, batch: _Batch, kind: Kind) -> Iterator[Tensor]:
+        """The indirect effect of restoring a kind of state, for each cell, layer by layer."""
         if kind == "hidden":
-            return self._effect(batch, first=layer + 1, restore=True)
-        window = window_around(
-            layer, self.settings.window_of(self.arch.n_layers), self.arch.n_layers
-        )
-        return self._effect(batch, first=window[0], clean={kind: window})
-
-    def severed(self, batch: _Batch, part: Part, layer: int) -> Tensor:
-        """The effect of restoring the hidden state at a layer with a part above severed."""
-        above = range(layer + 1, self.arch.n_layers)
-        return self._effect(batch, first=layer + 1, restore=True, corrupted={part: above})
-
-    def _effect(
-        self,
-        batch: _Batch,
-        *,
-        first: int,
-        restore: bool = False,
-        clean: Mapping[Part, range] | None = None,
-        corrupted: Mapping[Part, range] | None = None,
-    ) -> Tensor:
-        """P(object) with an intervention at each row's first position, less P(object) without.
-
-        Args:
-            batch: The rows.
-            first: The first block that runs; it receives corrupted states.
-            restore: Whether what it receives is clean at the first position.
-            clean: Layers whose outputs of a part are put to their clean values there.
-            corrupted: The same with corrupted values.
-        """
-        hidden_BTO: Tensor | None = None
-        with ExitStack() as stack:
-            entry = stack.enter_context(skipped_blocks(self.model, self.arch, first))
-            if first:
-                hidden_BTO = self._tails(self.runs.outputs["hidden", first - 1], batch)
-                if restore:
-                    hidden_BTO[:, 0] = self._firsts("hidden", first - 1, batch, batch.clean_B)
-                entry.value = hidden_BTO
-            else:
-                noise_BTO = self._tails(self.runs.noise_RTO, batch)
-                stack.enter_context(noisy_embeddings(self.model, noise_BTO))
-            for values, rows_B in ((clean, batch.clean_B), (corrupted, batch.corrupted_B)):
-                for part, layers in (values or {}).items():
-                    stack.enter_context(
-                        first_output_replaced(
-                            (self._module(part, at), self._firsts(part, at, batch, rows_B))
-                            for at in layers
-                        )
+            for layer in range(self.arch.n_layers):
+                yield self._effect(batch, layer + 1, self._restored(batch, layer))
+            return
+        n_layers = self.arch.n_layers
+        size = self.settings.window_of(n_layers)
+        done, hidden_BTO = 0, None
+        for layer in range(n_layers):
+            window = window_around(layer, size, n_layers)
+            if window.start > 0:
+                hidden_BTO = self._tails(self.runs.outputs["hidden", window.start - 1], batch)
+                with self._kept(batch, kind, window, batch.clean_B):
+                    yield self._effect(batch, window.start, hidden_BTO)
+                continue
+            # Each window that begins at the first block goes on where the one before it ends.
+            if done < window.stop:
+                more = range(done, window.stop)
+                with self._kept(batch, kind, more, batch.clean_B), self._noise(batch, done):
+                    hidden_BTO = run_to_block(
+                        self.model,
+                        self.arch,
+                        batch.rows,
+                        first=done,
+                        last=window.stop - 1,
+                        hidden_BTO=hidden_BTO,
                     )
-            every_B, lengths_B = torch.arange(len(batch.corrupted_B)), batch.rows.lengths_B
-            stack.enter_context(
-                head_positions(self.arch.head(self.model), every_B, lengths_B.cpu() - 1)
-            )
+                done = window.stop
+            assert hidden_BTO is not None
+            yield self._effect(batch, done, hidden_BTO)
+
+    def severed(self, batch: _Batch, part: Part) -> Iterator[Tensor]:
+        """The effect of restoring the hidden state with a part above severed, layer by layer."""
+        for layer in range(self.arch.n_layers):
+            above = range(layer + 1, self.arch.n_layers)
+            with self._kept(batch, part, above, batch.corrupted_B):
+                yield self._effect(batch, layer + 1, self._restored(batch, layer))
+
+    def _effect(self, batch: _Batch, first: int, hidden_BTO: Tensor) -> Tensor:
+        """P(object) if block `first` receives these states, less P(object) as it is corrupted."""
+        last_B = batch.rows.lengths_B.cpu() - 1
+        with (
+            skipped_blocks(self.model, self.arch, first) as entry,
+            head_positions(self.arch.head(self.model), torch.arange(len(last_B)), last_B),
+        ):
+            entry.value = hidden_BTO
             logits_BV = run(self.model, batch.rows)[0]
         found_B = _probabilities(logits_BV, batch.targets_B)
         facts = torch.tensor([cell.fact for cell in batch.cells])
         return found_B.view(len(facts), -1).mean(1) - self.runs.corrupted_N[facts]
+
+    def _restored(self, batch: _Batch, layer: int) -> Tensor:
+        """The corrupted states at the output of a block, clean at the first position, [B, T, O]."""
+        hidden_BTO = self._tails(self.runs.outputs["hidden", layer], batch)
+        hidden_BTO[:, 0] = self._firsts("hidden", layer, batch, batch.clean_B)
+        return hidden_BTO
+
+    def _kept(
+        self, batch: _Batch, part: Part, layers: range, rows_B: Tensor
+    ) -> AbstractContextManager[None]:
+        """Let a part of some layers give, at the first position, what it gave in other rows."""
+        return first_output_replaced(
+            (self._module(part, layer), self._firsts(part, layer, batch, rows_B))
+            for layer in layers
+        )
+
+    def _noise(self, batch: _Batch, first: int) -> AbstractContextManager[None]:
+        """The noise of the batch's tokens, where a pass begins at the embeddings."""
+        if first > 0:
+            return nullcontext()
+        return noisy_embeddings(self.model, self._tails(self.runs.noise_RTO, batch))
 
     def _module(self, part: Part, layer: int) -> nn.Module:
         of = {"mlp": self.arch.rewrite_module, "attention": self.arch.attention_output}[part]
