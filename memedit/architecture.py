@@ -23,7 +23,7 @@ from memedit.families import BY_MODEL_TYPE, MIXTURE, POST_NORM, Family
 # Fields of a config that count experts, in any family.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # What a job may set in its section `architecture`.
-_OVERRIDES = ("blocks", "rewrite", "final_norm", "head", "block_output", "scale")
+_OVERRIDES = ("blocks", "rewrite", "attention", "final_norm", "head", "block_output", "scale")
 # Lists in a config with one entry a block.
 _PER_LAYER = ("layer_types", "attention_layers", "no_rope_layers", "mlp_layer_types")
 
@@ -58,6 +58,10 @@ class Architecture:
     def rewrite_module(self, model: nn.Module, layer: int) -> nn.Module:
         """The module of one layer whose weight is edited."""
         return _module(self.block(model, layer), self.family.rewrite, "rewrite")
+
+    def attention_output(self, model: nn.Module, layer: int) -> nn.Module:
+        """The module of one layer whose output the attention adds to the residual stream."""
+        return _module(self.block(model, layer), self.family.attention, "attention")
 
     def final_norm(self, model: nn.Module) -> nn.Module:
         """The norm after the last block."""
@@ -153,8 +157,8 @@ def architecture_of(
     Args:
         config: The model's config.
         overrides: Module names that win over the table or stand in for it: `blocks`, `rewrite`,
-            `final_norm`, `head`; also `block_output` (`tensor` or `tuple`) and `scale` (a number
-            or a field of the config).
+            `attention`, `final_norm`, `head`; also `block_output` (`tensor` or `tuple`) and
+            `scale` (a number or a field of the config).
 
     Raises:
         UnsupportedModelError: The family cannot be edited (with the reason), or is unknown (with
@@ -226,6 +230,7 @@ def _overridden(
         model_types=(config.model_type,),
         blocks=overrides.get("blocks", base.blocks),
         rewrite=overrides.get("rewrite", base.rewrite),
+        attention=overrides.get("attention", base.attention),
         final_norm=overrides.get("final_norm", base.final_norm),
         head=overrides.get("head", base.head),
         returns_tuple=returns_tuple,

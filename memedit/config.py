@@ -127,6 +127,31 @@ class FineTuneSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TraceSettings:
+    """Causal tracing (ROME, section 2 and appendix B; MEMIT, section 4.1)."""
+
+    noise: float = 3.0
+    """Of what is added to the embeddings of the subject's tokens, in standard deviations of the
+    embeddings of all traced subjects."""
+    samples: int = 10
+    """Corrupted runs of a fact; their probabilities are averaged."""
+    window: int | None = None
+    """Layers around one whose MLP or attention outputs are restored together; None takes a third of
+    the layers, ten at most (the papers' number)."""
+    facts: Literal["said", "all"] = "said"
+    """`said` traces the facts whose object's first token the model says, as the papers do; `all`
+    those, too, whose object is only less probable once the subject is corrupted."""
+    seed: int = 0
+    tokens_per_batch: int | None = None
+    """Rows times columns of one forward pass; None for what suits the device. Changes speed and
+    memory, and only the last bits of the result."""
+
+    def window_of(self, n_layers: int) -> int:
+        """The number of layers that are restored together."""
+        return self.window or min(10, -(-n_layers // 3))
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
     """How much is measured beside the facts, and in what portions."""
 
@@ -184,5 +209,6 @@ __all__ = [
     "RepairSettings",
     "SolveSettings",
     "TargetSettings",
+    "TraceSettings",
     "digest_of",
 ]

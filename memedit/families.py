@@ -40,6 +40,8 @@ class Family:
     rewrite: str
     """The rewrite module inside a block."""
     final_norm: str
+    attention: str = "self_attn.o_proj"
+    """The attention's output projection inside a block: its output goes to the residual stream."""
     head: str = "lm_head"
     conv1d: bool = False
     """The weight is stored [in, out] (transformers' Conv1D), not [out, in]."""
@@ -71,25 +73,46 @@ _LLAMA: dict[str, Any] = {
 _GPT: dict[str, Any] = {"blocks": "transformer.h", "final_norm": "transformer.ln_f"}
 
 FAMILIES: tuple[Family, ...] = (
-    Family(model_types=("gpt2",), rewrite="mlp.c_proj", conv1d=True, **_GPT),
-    Family(model_types=("gptj",), rewrite="mlp.fc_out", returns_tuple=True, **_GPT),
-    Family(model_types=("gpt_neo",), rewrite="mlp.c_proj", returns_tuple=True, **_GPT),
+    Family(
+        model_types=("gpt2",),
+        rewrite="mlp.c_proj",
+        attention="attn.c_proj",
+        conv1d=True,
+        **_GPT,
+    ),
+    Family(
+        model_types=("gptj",),
+        rewrite="mlp.fc_out",
+        attention="attn.out_proj",
+        returns_tuple=True,
+        **_GPT,
+    ),
+    Family(
+        model_types=("gpt_neo",),
+        rewrite="mlp.c_proj",
+        attention="attn.attention.out_proj",
+        returns_tuple=True,
+        **_GPT,
+    ),
     Family(
         model_types=("gpt_neox",),
         blocks="gpt_neox.layers",
         rewrite="mlp.dense_4h_to_h",
+        attention="attention.dense",
         final_norm="gpt_neox.final_layer_norm",
     ),
     Family(
         model_types=("opt",),
         blocks="model.decoder.layers",
         rewrite="fc2",
+        attention="self_attn.out_proj",
         final_norm="model.decoder.final_layer_norm",
         refused_when=(Refusal(when=_opt_is_post_norm, reason=POST_NORM),),
     ),
     Family(
         model_types=("bloom",),
         rewrite="mlp.dense_4h_to_h",
+        attention="self_attention.dense",
         returns_tuple=True,
         refused_when=(
             Refusal(
@@ -103,6 +126,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         model_types=("falcon",),
         rewrite="mlp.dense_4h_to_h",
+        attention="self_attention.dense",
         returns_tuple=True,
         clone_output=True,
         **_GPT,
@@ -118,6 +142,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(model_types=("starcoder2",), **_LLAMA | {"rewrite": "mlp.c_proj"}),
     Family(
         model_types=("phi",),
+        attention="self_attn.dense",
         **_LLAMA | {"rewrite": "mlp.fc2", "final_norm": "model.final_layernorm"},
     ),
     Family(

@@ -136,3 +136,29 @@ def _resampled(values_FM: Tensor, resamples: int, generator: torch.Generator) ->
         drawn_RF = torch.randint(count, size, generator=generator)
         parts.append(values_FM[drawn_RF].nanmean(1))
     return torch.cat(parts)
+
+
+def resampled_means(values_FM: Tensor, *, resamples: int = RESAMPLES, seed: int = 0) -> Tensor:
+    """Means over facts that are drawn with replacement, [resamples, M]; NaN is left out.
+
+    All columns see the same draws, so that what is made of several columns may be drawn, too.
+
+    Args:
+        values_FM: M values of each fact, float64.
+        resamples: How often facts are drawn.
+        seed: Of the draws.
+    """
+    count = len(values_FM)
+    generator = torch.Generator().manual_seed(seed)
+    drawn_RF = torch.randint(count, (resamples, count), generator=generator)
+    times_RF = torch.zeros(resamples, count, dtype=torch.float64)
+    times_RF.scatter_add_(1, drawn_RF, torch.ones_like(times_RF))
+    there_FM = ~values_FM.isnan()
+    return (times_RF @ values_FM.nan_to_num()) / (times_RF @ there_FM.double())
+
+
+def middle(means_RM: Tensor) -> tuple[Tensor, Tensor]:
+    """The bounds of the middle 95% of each column, [M] each; draws without a value are left out."""
+    tail = (1 - _LEVEL) / 2
+    low_M, high_M = torch.nanquantile(means_RM, means_RM.new_tensor([tail, 1 - tail]), dim=0)
+    return low_M, high_M

@@ -31,9 +31,10 @@ FIXED_CONTEXTS: tuple[str, ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Located:
-    """Token ids of one text and the position of the last subject token in it."""
+    """Token ids of one text and the positions of the subject's tokens in it."""
 
     ids: tuple[int, ...]
+    subject_first: int
     subject_last: int
 
 
@@ -110,7 +111,7 @@ def check_prompts(
 
 
 def locate_subject(tokenizer: PreTrainedTokenizerBase, template: str, subject: str) -> Located:
-    """Fill `subject` into a template with one `{}` and find the subject's last token.
+    """Fill `subject` into a template with one `{}` and find the subject's tokens.
 
     Raises:
         InputError: The tokenizer gives no offsets, or no token covers the subject's end.
@@ -133,7 +134,9 @@ def locate_subject(tokenizer: PreTrainedTokenizerBase, template: str, subject: s
     ]
     if not covering:
         raise InputError(f"the tokenizer cannot locate the subject {subject!r}", field="subject")
-    return Located(ids=tuple(encoded["input_ids"]), subject_last=covering[-1])
+    return Located(
+        ids=tuple(encoded["input_ids"]), subject_first=covering[0], subject_last=covering[-1]
+    )
 
 
 def encode_request(

@@ -251,7 +251,8 @@ def _padded(rows: Sequence[Tensor], width: int) -> Tensor:
     return states_KBhPd
 
 
-def _stacked(states: Iterable[Tensor]) -> States:
+def stacked(states: Iterable[Tensor]) -> States:
+    """Keys and values of blocks on their devices as `States`; each of one shape."""
     return tuple(
         torch.stack(list(run)) for _, run in groupby(states, key=lambda state: state.device)
     )
@@ -360,7 +361,7 @@ def run_prefix(
         model(**inputs)
     layers: list[Any] = inputs["past_key_values"].layers
     pairs = [(at.keys, at.values) if before is None else at.new for at in layers]
-    new = _stacked(chain.from_iterable(pairs))
+    new = stacked(chain.from_iterable(pairs))
     found = [tuple(run[:, b, :, : len(row)] for run in new) for b, row in enumerate(ids)]
     if before is not None:
         found = [

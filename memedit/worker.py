@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from memedit.architecture import check_additivity
-from memedit.config import EvaluationSettings, FineTuneSettings, TargetSettings
+from memedit.config import EvaluationSettings, FineTuneSettings, TargetSettings, TraceSettings
 from memedit.errors import NumericalError
 from memedit.evaluate import score_facts
 from memedit.files import Files
@@ -30,11 +30,13 @@ from memedit.patching import row_blocks
 from memedit.prompts import EncodedRequest
 from memedit.requests import EditRequest
 from memedit.sampling import sample_contexts, sample_windows
-from memedit.scoring import Completion, Ids, score_completions
+from memedit.scoring import Completion, Ids, next_token_logprobs, score_completions
 from memedit.side_effects import DriftReference, Part, drift_reference, measure_drift
 from memedit.solve import Update
 from memedit.tally import Held, Tally
 from memedit.targets import Target, default_tokens_per_batch, optimise_targets
+from memedit.tracing import FactTrace, TraceRequest, embedding_spread, trace_facts
+from memedit.tracing import default_tokens_per_batch as trace_tokens_per_batch
 
 
 class Room:
@@ -267,6 +269,39 @@ class Worker:
     def predictions(self, contexts: Sequence[Ids]) -> Iterator[DriftReference]:
         """The distributions of the next token after some contexts."""
         yield drift_reference(self.loaded.model, self.loaded.arch, contexts)
+
+    def next_tokens(self, contexts: Sequence[Ids]) -> Iterator[list[int]]:
+        """The most probable next token after each context."""
+        found = [0] * len(contexts)
+        for places, logprobs_QV in next_token_logprobs(
+            self.loaded.model, self.loaded.arch, contexts
+        ):
+            for place, token in zip(places, logprobs_QV.argmax(-1).tolist(), strict=True):
+                found[place] = token
+        yield found
+
+    def spread(self, ids: Sequence[int]) -> Iterator[float]:
+        """The standard deviation of some tokens' embeddings."""
+        yield embedding_spread(self.loaded.model, ids)
+
+    def trace(
+        self, requests: Sequence[TraceRequest], settings: TraceSettings, spread: float
+    ) -> Iterator[FactTrace]:
+        """Trace some facts, in smaller batches where the GPU has no room."""
+        model, arch = self.loaded.model, self.loaded.arch
+        budget = settings.tokens_per_batch or trace_tokens_per_batch(model.device)
+        traces: list[FactTrace] | None = None
+        while traces is None:
+            fitting = replace(settings, tokens_per_batch=self._room.of("trace", budget))
+            try:
+                traces = trace_facts(model, arch, requests, settings=fitting, spread=spread)
+            except torch.OutOfMemoryError:
+                if not self._room.halve("trace", budget):
+                    raise
+            if traces is None:
+                release_memory()
+        trim_memory()
+        yield from traces
 
     def drift(self, reference: DriftReference) -> Iterator[tuple[float, float] | None]:
         """How far they have moved since then; see `measure_drift`."""

@@ -87,6 +87,16 @@ ACTIONS: dict[str, Action] = {
             "memedit edit --config runs/tuned/settings.yaml --facts facts.jsonl --out runs/first",
         ),
     ),
+    "trace": Action(
+        job=settings.TraceJob,
+        run="workflows.trace:run_trace",
+        show="show_trace",
+        summary="Causal tracing: where the model keeps its facts, and which layers to edit.",
+        examples=(
+            "memedit trace --model smollm2 --facts facts.jsonl --out runs/traced",
+            "memedit trace --facts facts.jsonl --limit 20 --set trace.facts=all --out runs/traced",
+        ),
+    ),
     "generate": Action(
         job=settings.GenerateJob,
         run="workflows.generate:run_generate",

@@ -20,6 +20,7 @@ from memedit.config import (
     RepairSettings,
     SolveSettings,
     TargetSettings,
+    TraceSettings,
 )
 from memedit.errors import InputError
 
@@ -32,6 +33,7 @@ SECTIONS: dict[str, type] = {
     "repair": RepairSettings,
     "finetune": FineTuneSettings,
     "evaluation": EvaluationSettings,
+    "trace": TraceSettings,
     "storage": StorageSettings,
 }
 """The sections of a job file. A job keeps of each only what was set: the defaults of those of
@@ -69,6 +71,10 @@ AT_LEAST: dict[str, float] = {
     "evaluation.heldout_window": 2,
     "evaluation.facts_per_portion": 1,
     "evaluation.tokens_per_batch": 1,
+    "trace.samples": 1,
+    "trace.window": 1,
+    "trace.seed": 0,
+    "trace.tokens_per_batch": 1,
 }
 ABOVE: dict[str, float] = {
     "targets.lr": 0,
@@ -76,6 +82,7 @@ ABOVE: dict[str, float] = {
     "solve.lam": 0,
     "solve.null_threshold": 0,
     "finetune.lr": 0,
+    "trace.noise": 0,
 }
 """The smallest values that mean something, of section fields; `option` has those of job fields."""
 LARGEST_SEED = 2**32 - 1
@@ -85,6 +92,7 @@ AT_MOST: dict[str, float] = {
     "moments.seed": LARGEST_SEED,
     "protect.seed": LARGEST_SEED,
     "finetune.seed": LARGEST_SEED,
+    "trace.seed": LARGEST_SEED,
 }
 """The largest values that work."""
 

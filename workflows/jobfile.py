@@ -38,6 +38,7 @@ from workflows.settings import (
     PlanJob,
     PublishJob,
     StatsJob,
+    TraceJob,
 )
 from workflows.submit_settings import LogsJob, StatusJob, StopJob
 from workflows.tuning_settings import TuneJob
@@ -61,6 +62,7 @@ JOBS: dict[str, type[Job]] = {
     "evaluate": EvaluateJob,
     "compare": CompareJob,
     "tune": TuneJob,
+    "trace": TraceJob,
     "generate": GenerateJob,
     "plan": PlanJob,
     "verify": VerifyJob,

@@ -22,6 +22,7 @@ from workflows.findings import (
     SHOWN_RELATIONS,
     interval_text,
     metrics_to_show,
+    plural,
     setting_text,
 )
 from workflows.submit_tables import run_table, runs_table
@@ -166,6 +167,22 @@ def show_tuning(result: Mapping[str, Any], stream: TextIO) -> None:
         f"memedit edit --config {result['settings_file']} --facts FACTS --out OUT",
     ]
     _print(stream, lines)
+
+
+def show_trace(result: Mapping[str, Any], stream: TextIO) -> None:
+    """What was traced, and the layers to edit."""
+    console = _console(stream)
+    facts, total = result["facts"], result["total_effect"]
+    console.print(
+        f"{plural(facts['traced'], 'fact')} traced, {facts['skipped']} skipped; the noise takes"
+        f" {100 * total['mean']:.1f} points of {100 * result['clean']:.1f}% from the object"
+    )
+    proposal = result["proposal"]
+    if proposal is None:
+        console.print("no layers to propose: the MLPs add nothing at the subject's last token")
+    else:
+        console.print(f"--layers {proposal['flag']}")
+    console.print(f"all of it: {result['out']}")
 
 
 def show_continuations(result: Mapping[str, Any], stream: TextIO) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from cluster.storage import StorageSettings
-from memedit.config import EditSettings, EvaluationSettings, MethodName
+from memedit.config import EditSettings, EvaluationSettings, MethodName, TraceSettings
 from memedit.errors import InputError
 from workflows.fields import LARGEST_SEED, SECTIONS, option, section
 from workflows.gates import Gate, parse_gate
@@ -430,6 +430,45 @@ class CompareJob(FactsJob, StoringJob):
     def check(self) -> None:
         """See `Job`."""
         _ = self.method_names, self.edit_counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceJob(SpreadJob, StoringJob):
+    """`memedit trace`: which states of the model bring back its facts."""
+
+    facts: str = option(
+        None,
+        "The fact table: JSON lines, JSON, Parquet or CSV; a path or s3:// object.",
+        group="Input",
+        metavar="FILE",
+        required=True,
+        location="path",
+    )
+    on_bad_row: Literal["fail", "skip"] = option(
+        "fail", "A row that is wrong: stop, or leave it out.", group="Input"
+    )
+    limit: int = option(
+        100,
+        "Trace so many facts at most, the first in canonical order that the model knows.",
+        group="Method",
+        metavar="N",
+        at_least=1,
+    )
+    out: str = option(
+        None,
+        "Folder or s3:// prefix for the effects, their means and the page; new or empty.",
+        group="Output",
+        metavar="PLACE",
+        required=True,
+        location="path",
+    )
+    trace: Mapping[str, Any] = section("trace")
+
+    @property
+    def trace_settings(self) -> TraceSettings:
+        """How facts are traced."""
+        seed = {} if self.seed is None else {"seed": self.seed}
+        return TraceSettings(**{**seed, **self.trace})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,15 @@ from workflows.arguments import arguments_of
 from workflows.cli import cli
 from workflows.ingestion.settings import IngestJob
 from workflows.jobfile import JOBS, load_job
-from workflows.settings import EditJob, EvaluateJob, GenerateJob, Job, PlanJob, StatsJob
+from workflows.settings import (
+    EditJob,
+    EvaluateJob,
+    GenerateJob,
+    Job,
+    PlanJob,
+    StatsJob,
+    TraceJob,
+)
 from workflows.submit import (
     STOP_WAIT_S,
     Submission,
@@ -92,6 +100,9 @@ JOBS_TO_SEND: list[Job] = [
         gate=("perplexity<=base*1.1",),
         tuned={"when": "2026-11-29 12:00 UTC", "trials": 12, "corpus": "it's: self"},
     ),
+    TraceJob(
+        facts="f", out="/o", limit=3, trace={"noise": 2.5, "facts": "all"}, workers=2, run_id="r"
+    ),
     EvaluateJob(facts="f", base="smollm2", text="self", out="/o", workers=3, run_id="r"),
     GenerateJob(prompts=("--model", "two\nlines", "Ünï 😀", "-"), tokens=3),
     PlanJob(facts="f", matrix_gflops=12.5, stats="/s"),
@@ -140,7 +151,8 @@ def test_what_runs_a_model_can_be_submitted() -> None:
     group = cli.commands["submit"]
     assert isinstance(group, click.Group)
     assert group.commands.keys() == {
-        *("edit", "stats", "evaluate", "compare", "tune", "generate", "plan", "apply", "ingest")
+        *("edit", "stats", "evaluate", "compare", "tune", "trace"),
+        *("generate", "plan", "apply", "ingest"),
     }
     with pytest.raises(InputError, match="verify is not run on a cluster"):
         submit(VerifyJob(version="v"), address="http://127.0.0.1:1")
