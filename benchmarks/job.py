@@ -26,11 +26,15 @@ class JobResult:
 
 
 def edit_words(*, model: str, facts: Path, corpus: Path, out: Path) -> list[str]:
-    """The command line of the main job; the model is the one that the usual cache has."""
+    """The command line of the main job; the model is the one that the usual cache has.
+
+    It is the paper's method, whose stages are what is compared, unless words that follow say more.
+    """
     from workflows.models import resolve_model
 
     folder = resolve_model(model).files.here
     words = [sys.executable, "-m", "workflows.cli", "edit", "--model", str(folder)]
+    words += ["--method", "memit"]
     return [*words, "--facts", str(facts), "--corpus", str(corpus), "--out", str(out), "--json"]
 
 

@@ -50,6 +50,7 @@ def plan(args: argparse.Namespace, facts: Path, more: Sequence[str]) -> dict[str
 
     folder = resolve_model(args.model).files.here
     words = [sys.executable, "-m", "workflows.cli", "plan", "--json", "--model", str(folder)]
+    words += ["--method", "memit"]
     words += ["--facts", str(facts), "--corpus", str(args.corpus), *more]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
