@@ -16,14 +16,15 @@ PACKAGES = ("memedit", "cluster", "workflows")
 NAME = re.compile(r"`((?:(?:cluster|workflows)\.)?[a-z_]+(?:\.[A-Za-z_]\w*)+)`")
 
 
-# Settings and fields of rows, which look alike.
-NOT_FUNCTIONS = {"glossary.md", "evaluation.drift_prompts", "requested_rewrite.relation_id"}
-NOT_FUNCTIONS |= {"attribute_snippets.json", "results.json", "facts.parquet", "judgements.parquet"}
+# Settings, fields of rows and files, which look alike.
+NOT_FUNCTIONS = {"evaluation.drift_prompts", "requested_rewrite.relation_id"}
+FILES = (".md", ".json", ".parquet", ".html")
 
 
 def names(*pages: str) -> list[str]:
     texts = ((DOCS / page).read_text(encoding="utf-8") for page in pages or PAGES)
-    return sorted({name for text in texts for name in NAME.findall(text)} - NOT_FUNCTIONS)
+    found = {name for text in texts for name in NAME.findall(text)} - NOT_FUNCTIONS
+    return sorted(name for name in found if not name.endswith(FILES))
 
 
 def test_the_page_names_functions_of_every_step() -> None:
