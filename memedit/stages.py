@@ -414,6 +414,8 @@ def predictions(
 def _measured(executor: Executor, parts: Sequence[Part], progress: Progress) -> list[Any]:
     """What comes out of each part; a part is done by any worker."""
     found: dict[int, Any] = {}
+    if not parts:
+        return []
     progress.start("evaluate", total=len(parts), unit="measures")
     for index, result in executor.map("damage", [(part,) for part in parts]):
         if index not in found:

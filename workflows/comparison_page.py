@@ -56,8 +56,8 @@ def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "shown": shown}
 
 
-OF_A_RELATION = "score", "efficacy_exact"
-"""Of these the first that all facts have is shown by relation."""
+_BY_RELATION = ("score", "efficacy_exact")
+"""Of these the first that was measured is shown by relation."""
 
 
 def relations_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -65,7 +65,7 @@ def relations_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     judged = [row for row in rows if row["metrics"]]
     if not judged or len(judged[0]["relations"]) < 2:
         return None
-    key = next(k for k in OF_A_RELATION if judged[0]["metrics"][k] is not None)
+    key = next(k for k in _BY_RELATION if judged[0]["metrics"][k] is not None)
     metric, lines = METRIC[key], []
     for of_methods in zip(*(row["relations"] for row in judged), strict=True):
         first = of_methods[0]

@@ -38,6 +38,7 @@ from memedit.progress import Progress
 from memedit.prompts import encode, encode_completion
 from memedit.requests import EditRequest
 from memedit.scoring import plan_rows
+from memedit.side_effects import consistency_sample
 from memedit.targets import default_tokens_per_batch
 from workflows.corpora import Corpus
 from workflows.facts import FactTable, read_facts
@@ -380,11 +381,14 @@ def _judged(
     fluent = min(len(requests), settings.fluency_facts)
     neighbours = sum(len(r.neighbourhood) for r in sample) * scale
     drift = min(int(neighbours), settings.drift_prompts)
+    texts = [p for r in consistency_sample(requests, settings) for p in r.generation_prompts]
     side_tokens = (fluent + drift) * prompt_length + settings.heldout_tokens
+    side_tokens += sum(len(encode(tokenizer, text)) for text in texts)
     return _Judged(
         tokens=round(tokens * scale + side_tokens),
         reads=round(reads * scale + drift + settings.heldout_tokens),
-        generated=round(generated * scale + fluent * settings.fluency_tokens),
+        generated=round(generated * scale + fluent * settings.fluency_tokens)
+        + len(texts) * settings.consistency_tokens,
     )
 
 

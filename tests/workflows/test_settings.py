@@ -157,7 +157,7 @@ def test_an_unknown_family_is_described_by_free_names() -> None:
         ("executor: rey", "executor", "did you mean 'ray'"),
         ("layers: [5, x]", "layers", "5-9"),
         ("layers: 9-5", "layers", "5-9"),
-        ("gate: quality>=3", "gate", "Allowed: drift_kl"),
+        ("gate: quality>=3", "gate", "Allowed: attribute, consistency, drift_kl"),
         ("workers: 0", "workers", "at least 1"),
         ("out: gs://bucket/x", "out", "must be a path or s3://bucket/prefix"),
         ("registry: https://host/x", "registry", "must be a path or s3://bucket/prefix"),

@@ -47,13 +47,15 @@ class ReviewSample:
         new = [r for r in ordered if self.desired.is_new(r)][: self.job.judged_new]
         some = self.desired.sample(self.job.judged_all)
         chosen = {r.case_id: r for r in (*some, *new)}
+        relations = self.desired.relations
         judged = with_neighbours(
             [
                 without_edited(r, self.desired.texts)
                 for r in sorted(chosen.values(), key=lambda r: r.digest)
             ],
-            self.desired.relations,
+            relations,
         )
+        judged = [replace(r, relation_id=relations.get(r.case_id)) for r in judged]
         self._groups = {
             "new": frozenset(r.case_id for r in new),
             "all": frozenset(r.case_id for r in some),

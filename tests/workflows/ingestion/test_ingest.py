@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -460,6 +461,8 @@ def test_triples_need_no_prompts(nights: Nights) -> None:
     (told,) = nights.facts("why", "France").result["facts"]
     assert told["prompt"] == "The capital of {} is" and told["relation"] == "P36"
     assert told["paraphrases"] == ["France has the capital"]
+    judged = pq.read_table(nights.version / "facts.parquet").to_pylist()
+    assert {row["relation"] for row in judged} == {"P36"}
     # Paraphrases and the other rows of the relation were judged.
     assert result["metrics"]["after"]["paraphrase_exact"] is not None
     assert result["metrics"]["after"]["neighbourhood"] is not None
