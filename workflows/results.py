@@ -154,13 +154,14 @@ def show_tuning(result: Mapping[str, Any], stream: TextIO) -> None:
     for trial in result["trials"]:
         found, moved = trial["metrics"] or {}, trial["moved"]
         value = setting_text(trial["settings"][moved]) if moved else ""
-        mark = "chosen" if trial["trial"] == result["trial"] else trial["failed"] or ""
         shown = (METRIC[key].show(found.get(key)) for key in keys)
         what = f"{SETTING_NAMES[moved]} {value}" if moved else "as at first"
-        rows.append((f"{trial['trial']}: {what}", *shown, mark))
-    console.print(rows_table(None, ("trial", *(METRIC[key].label for key in keys), ""), rows))
+        mark = " (chosen)" if trial["trial"] == result["trial"] else ""
+        rows.append((f"{trial['trial']}: {what}{mark}", *shown))
+    console.print(rows_table(None, ("trial", *(METRIC[key].label for key in keys)), rows))
     chosen = result["chosen"].items()
     lines = [
+        *(f"trial {t['trial']}: {t['failed']}" for t in result["trials"] if t["failed"]),
         ", ".join(f"{SETTING_NAMES[name]} {setting_text(value)}" for name, value in chosen),
         result["verdict"]["text"],
         *(f"on the held-out half, {missed}" for missed in result["verdict"]["gates_missed"]),

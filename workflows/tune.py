@@ -203,6 +203,13 @@ def _found(
 ) -> _Found:
     """Search with the first half; then, and only then, look at the second."""
     tuning = bench.half(halves[0], _while_searching(job))
+    for name in _deciding(job):
+        if tuning.before.metrics[name] is None:  # a corpus may be too small to hold text out
+            raise InputError(
+                f"{name} is measured on {METRIC[name].needs}, and there is none",
+                source=job.facts,
+                field="objective" if name == job.objective else "gate",
+            )
     trials = list(_trials(job, start, space, tuning, bench.progress))
     chosen = _chosen(job, trials, tuning)
     heldout = bench.half(halves[1], job.evaluation_settings)
@@ -228,9 +235,13 @@ def _found(
 
 def _while_searching(job: TuneJob) -> EvaluationSettings:
     """What a trial is judged by: free text takes long, and is written only if it decides."""
-    decide = {job.objective, *(gate.metric for gate in job.gates)}
     settings = job.evaluation_settings
-    return settings if "fluency" in decide else replace(settings, fluency_facts=0)
+    return settings if "fluency" in _deciding(job) else replace(settings, fluency_facts=0)
+
+
+def _deciding(job: TuneJob) -> list[str]:
+    """The metrics that decide what is chosen."""
+    return list(dict.fromkeys((job.objective, *(gate.metric for gate in job.gates))))
 
 
 def _halves(
@@ -336,7 +347,8 @@ def _chosen(job: TuneJob, trials: Sequence[Trial], tuning: Half) -> Trial:
     well = [(rank, -number) for number, rank in ranks.items() if rank is not None]
     if not well:
         raise NumericalError(
-            f"none of {plural(len(trials), 'trial')} went well; the first: {trials[0].failed}"
+            f"none of {plural(len(trials), 'trial')} went well; the first: "
+            f"{trials[0].failed or 'it ruined the model'}"
         )
     _, number = max(well)
     trial = trials[-number - 1]

@@ -121,6 +121,31 @@ def test_which_text_is_counted_does_not_depend_on_what_is_measured(
     assert shards(tmp_path / "out-0") == shards(tmp_path / "out-512")
 
 
+@pytest.mark.parametrize("tolerance", [0, 1e-9])
+def test_only_layers_that_were_not_kept_are_counted(
+    base: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tolerance: float
+) -> None:
+    """Unless all stop by their common error."""
+    counted: list[tuple[int, ...]] = []
+    count = Worker.count
+
+    def counting(worker: Worker, unit: int, windows: Any, layers: Any, *rest: Any) -> Iterator[Any]:
+        counted.append(tuple(layers))
+        yield from count(worker, unit, windows, layers, *rest)
+
+    monkeypatch.setattr(Worker, "count", counting)
+    more = ("--corpus", corpus, "--set", f"moments.tolerance={tolerance}")
+    assert stats(base, tmp_path / "two", tmp_path / "c1", *more).code == 0
+    assert set(counted) == {(1, 2)}
+    counted.clear()
+    assert stats(base, tmp_path / "three", tmp_path / "c1", *more, layers="1-3").code == 0
+    assert set(counted) == {(1, 2, 3) if tolerance else (3,)}
+    assert stats(base, tmp_path / "fresh", tmp_path / "c2", *more, layers="1-3").code == 0
+    for layer in (1, 2, 3):
+        kept, fresh = ((tmp_path / n / moments_name(layer)) for n in ("three", "fresh"))
+        assert torch.equal(load_moment(kept).sum_II, load_moment(fresh).sum_II)
+
+
 def test_stats_of_another_model_are_refused(base: Path, tmp_path: Path) -> None:
     facts = write_rows(tmp_path / "facts.jsonl")
     other = save_tiny(tmp_path / "other", seed=1)

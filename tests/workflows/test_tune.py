@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from memedit.worker import Worker
 from tests.tiny import save_tiny
 from tests.workflows.runs import Ran, memedit, quick, setting, stats, without_plots, write_rows
 from workflows.jobfile import load_job
+from workflows.moments import TokenSource
+from workflows.results import show_tuning
 from workflows.settings import EditJob
 from workflows.tuning_page import trials_plot
 
@@ -331,6 +334,27 @@ def test_given_statistics_bound_the_layers(base: Path, tmp_path: Path) -> None:
     result = tune(base, tmp_path, "out", *MEMIT, "--stats", tmp_path / "stats").result
     assert {i for trial in result["trials"] for i in trial["settings"]["layers"]} == {1, 2}
     assert all(trial["failed"] is None for trial in result["trials"])
+
+
+def test_a_corpus_too_small_to_hold_text_out(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TokenSource, "heldout", lambda *_: [])
+    ran = tune(base, tmp_path, "out", *MEMIT, "--objective", "perplexity")
+    assert ran.code == 2 and ran.error["field"] == "objective", ran.stderr
+    assert "perplexity is measured on held-out text" in ran.error["message"]
+
+
+def test_a_person_sees_every_trial_and_the_verdict(done: Done) -> None:
+    shown = io.StringIO()
+    trials = [dict(trial) for trial in done.result["trials"]]
+    trials[1] |= {"metrics": None, "failed": "the second moment is singular"}
+    show_tuning({**done.result, "trials": trials}, shown)
+    text = shown.getvalue()
+    assert "1: as at first" in text and text.count("(chosen)") == 1
+    assert "trial 2: the second moment is singular" in text
+    assert done.result["verdict"]["text"] in text
+    assert f"memedit edit --config {done.folder / 'out' / 'settings.yaml'}" in text
 
 
 @pytest.mark.parametrize(
