@@ -186,6 +186,12 @@ class EditSettings:
     repair: RepairSettings = field(default_factory=RepairSettings)
     finetune: FineTuneSettings = field(default_factory=FineTuneSettings)
 
+    def of_method(self) -> dict[str, object]:
+        """As plain values, without the sections that its method does not look at."""
+        used = {"memedit": ("protect", "repair"), "ft": ("finetune",)}.get(self.method, ())
+        others = {"protect", "repair", "finetune"} - set(used)
+        return {name: value for name, value in asdict(self).items() if name not in others}
+
 
 def digest_of(*parts: object) -> str:
     """sha256 over dataclasses, mappings and plain values, in a canonical form."""

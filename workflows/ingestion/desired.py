@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -297,7 +297,7 @@ def _run_id(
         _VERSION,
         base.checkpoint.digest,
         log.digest(head),
-        asdict(chosen),
+        chosen.of_method(),
         _digest_of_stats(edit.stats) if edit.stats else source.digest,
         edit.dtype,
         dict(edit.architecture),
