@@ -1,26 +1,32 @@
 """Editing methods side by side on the same facts, with the same z vectors and statistics.
 
     python -m benchmarks.methods                                  # memit and memedit, 250 facts
+    python -m benchmarks.methods --time --seeds 0                 # what memedit takes more
     python -m benchmarks.methods --part first --set protect.weight=5    # to choose settings
 
 Facts are drawn by seed from one half of the table: settings are chosen on the first, figures come
-from the second. The first method of a draw begins with an empty cache; the others find its
-statistics and z vectors there, so that what they take more is what they do more.
+from the second. `--time` runs `memedit edit` with each method; the first begins with an empty
+cache, and the others find its statistics and z vectors there, so that what they take more is what
+they do more.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
+import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.job import run_edit
+from benchmarks.job import ROOT, run_edit
 from benchmarks.material import SCORES, add_material_arguments, shown
 from benchmarks.record import append_row, save_json
 
-MEASURES = (*SCORES, "perplexity", "drift_kl", "drift_top1")
+BESIDE = ("perplexity", "drift_kl", "drift_top1")
 DECIMALS = {"drift_kl": 3, "perplexity": 2}
 
 
@@ -34,6 +40,7 @@ def main() -> None:
     parser.add_argument(
         "--part", choices=("first", "second"), default="second", help="of the table"
     )
+    parser.add_argument("--time", action="store_true", help="time whole jobs")
     parser.add_argument("--cache", type=Path, help="kept from run to run, to try settings")
     parser.add_argument("--set", action="append", default=[], dest="changes", metavar="FIELD=VALUE")
     args = parser.parse_args()
@@ -43,62 +50,67 @@ def main() -> None:
     for seed in args.seeds:
         drawn = random.Random(seed).sample(part, args.count)
         with tempfile.TemporaryDirectory(prefix="memedit-methods-") as folder:
-            compare(args, seed, drawn, Path(folder))
+            facts = Path(folder) / "facts.jsonl"
+            facts.write_text("\n".join(drawn) + "\n", encoding="utf-8")
+            more = ["--cache", str(args.cache or Path(folder) / "cache"), "--on-bad-row", "skip"]
+            more += [word for change in args.changes for word in ("--set", change)]
+            (time_jobs if args.time else judge)(args, seed, facts, more)
 
 
-def compare(args: argparse.Namespace, seed: int, lines: list[str], folder: Path) -> None:
-    """Run each method on the facts of one draw."""
-    facts = folder / "facts.jsonl"
-    facts.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    words = ["--cache", str(args.cache or folder / "cache"), "--on-bad-row", "skip"]
-    words += [word for change in args.changes for word in ("--set", change)]
+def judge(args: argparse.Namespace, seed: int, facts: Path, more: Sequence[str]) -> None:
+    """How each method fares, by `memedit compare`."""
+    from workflows.models import resolve_model
+
+    words = [sys.executable, "-m", "workflows.cli", "compare", "--json", "--facts", str(facts)]
+    words += ["--model", str(resolve_model(args.model).files.here), "--corpus", str(args.corpus)]
+    words += ["--methods", args.methods, "--edits", str(args.count)]
+    words += ["--out", str(facts.parent / "compared"), *more]
+    done = subprocess.run(words, stdout=subprocess.PIPE, check=True, cwd=ROOT)
+    found = json.loads(done.stdout)
+    for row in found["rows"]:
+        cells = {"facts": str(args.count), "half": args.part, "seed": str(seed)}
+        cells |= {"method": row["method"], "λ": "" if row["lam"] is None else f"{row['lam']:g}"}
+        if row["failed"]:
+            cells |= dict.fromkeys((*SCORES, *BESIDE, "repairs"), "") | {"repairs": row["failed"]}
+        else:
+            metrics, intervals = row["metrics"], row["intervals"]
+            cells |= shown({name: metrics[name] for name in (*SCORES, *BESIDE)}, DECIMALS)
+            for name in ("score", "efficacy_exact"):
+                low, high = intervals[name]
+                cells[name] += f" ({low:.1f} to {high:.1f})"
+            cells["repairs"] = _repairs(row["repairs"])
+        cells["set"] = " ".join(args.changes)
+        append_row("methods", cells)
+        print("  ".join(f"{name} {value}" for name, value in cells.items()), flush=True)
+    save_json(f"methods-{args.count}-{seed}", found)
+
+
+def time_jobs(args: argparse.Namespace, seed: int, facts: Path, more: Sequence[str]) -> None:
+    """What each method takes more than the first, as a share of the first one's whole job."""
     plain: dict[str, float] | None = None
     for method in args.methods.split(","):
+        words = [*more, "--method", method]
+        out = facts.parent / method
         done = run_edit(
-            model=args.model,
-            facts=facts,
-            corpus=args.corpus,
-            out=folder / method,
-            cold=False,
-            more=[*words, "--method", method],
+            model=args.model, facts=facts, corpus=args.corpus, out=out, cold=False, more=words
         )
-        report, took = done.report, done.report["timings_s"]
+        took = done.report["timings_s"]
         plain = plain or took
-        if method == args.methods.split(",")[0]:
-            keep(args, seed, "unedited", report, report["metrics"]["before"], {})
         extra = sum(took[stage] for stage in ("stats", "targets", "solve")) - plain["solve"]
-        cells = {"repairs": repairs(report), "plain job, s": f"{plain['total']:.0f}"}
+        cells = {"facts": str(args.count), "seed": str(seed), "method": method}
+        cells |= {"first job, s": f"{plain['total']:.0f}", "more, s": "", "more": ""}
         if took is not plain:
-            cells["more, s"] = f"{extra:.1f}"
-            cells["more"] = f"{extra / plain['total']:.3f}"
-        keep(args, seed, method, report, report["metrics"]["after"], cells)
+            cells |= {"more, s": f"{extra:.1f}", "more": f"{extra / plain['total']:.3f}"}
+        cells |= {"repairs": _repairs(done.report.get("repairs", ())), "set": " ".join(more[4:])}
+        append_row("methods_time", cells)
+        print("  ".join(f"{name} {value}" for name, value in cells.items()), flush=True)
+        save_json(f"methods_time-{method}-{args.count}-{seed}", done.report)
 
 
-def repairs(report: dict[str, Any]) -> str:
-    """The rounds of repair: facts not said before and after each, in brackets if not kept."""
-    told = [
-        (f"{r['unsaid_before']}-{r['unsaid_after']}", r["kept"]) for r in report.get("repairs", ())
-    ]
+def _repairs(rounds: Sequence[dict[str, Any]]) -> str:
+    """Facts not said before and after each round, in brackets if it is not kept."""
+    told = [(f"{r['unsaid_before']}-{r['unsaid_after']}", r["kept"]) for r in rounds]
     return ", ".join(text if kept else f"({text})" for text, kept in told)
-
-
-def keep(
-    args: argparse.Namespace,
-    seed: int,
-    method: str,
-    report: dict[str, Any],
-    metrics: dict[str, float | None],
-    more: dict[str, str],
-) -> None:
-    """Store a row, and all that the run said."""
-    cells = {"facts": str(args.count), "half": args.part, "seed": str(seed), "method": method}
-    cells |= shown({name: metrics.get(name) for name in MEASURES}, DECIMALS)
-    cells |= {"repairs": "", "plain job, s": "", "more, s": "", "more": ""} | more
-    cells["set"] = " ".join(args.changes)
-    append_row("methods", cells)
-    print("  ".join(f"{name} {value}" for name, value in cells.items()), flush=True)
-    if method != "unedited":
-        save_json(f"methods-{method}-{args.count}-{seed}", report)
 
 
 if __name__ == "__main__":
