@@ -416,7 +416,8 @@ def test_the_unedited_real_model_on_counterfact(smollm2: Path, shared_data: Path
         for row in rows
     ]
     metrics = summarise(score_facts(model, tokenizer, architecture_of(model.config), facts))
-    assert all(value is not None for value in metrics.values())
+    unmeasured = {name for name, value in metrics.items() if value is None}
+    assert unmeasured == {"attribute", "portability", "consistency", "neighbourhood_kl"}
     assert metrics["efficacy"] < 60 and metrics["paraphrase"] < 60
     assert 55 < metrics["neighbourhood"] < 90
     assert metrics["efficacy_exact"] <= 10 and metrics["generation"] <= 10
