@@ -225,7 +225,7 @@ def test_storage_settings_reach_every_object(world: World, s3: str, first: First
     ran = world.there.edit(f"{s3}/out", first.cache, *settings)
     assert ran.code == 0, ran.stderr
     classes = world.objects.storage_classes(f"{s3}/out")
-    assert len(classes) == 14 and set(classes.values()) == {"STANDARD_IA"}
+    assert len(classes) == 15 and set(classes.values()) == {"STANDARD_IA"}
     assert set(world.objects.storage_classes(world.there.root).values()) != {"STANDARD_IA"}
 
 
