@@ -18,7 +18,7 @@ from memedit.files import Files
 from memedit.model import ModelSpec, load_config, load_tokenizer, positions_of
 from memedit.outcome import FactResult
 from memedit.progress import Progress
-from memedit.prompts import check_prompts, encode
+from memedit.prompts import check_prompts, encode, readable
 from memedit.requests import EditRequest
 from memedit.stages import judge, predictions
 from memedit.writing import whole_file
@@ -123,10 +123,12 @@ def _readable(
     tokenizer = load_tokenizer(places[0])
     positions = min(positions_of(load_config(files)) for files in places)
 
-    def check(request: EditRequest) -> None:
+    def read(request: EditRequest) -> EditRequest:
         check_prompts(tokenizer, request, positions)
+        return readable(tokenizer, request, positions)
 
-    return sift(table, check, on_bad_row=on_bad_row)[0]
+    table, found = sift(table, read, on_bad_row=on_bad_row)
+    return replace(table, requests=tuple(found))
 
 
 def _vocabulary(spec: ModelSpec) -> Mapping[str, int]:
