@@ -1,7 +1,7 @@
 """How well the facts went in, and what else moved.
 
 Two halves. `score_facts` judges each fact by itself and can therefore be spread over workers;
-`summarise` turns the judgements into the paper's numbers. `measure_side_effects` measures the model
+`summarise` turns the judgements into the paper's numbers. `memedit.side_effects` measures the model
 as a whole, and `with_side_effects` tells what of it concerns single facts. `memedit.stages.judge`
 does both on any workers.
 
@@ -23,21 +23,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memedit.architecture import Architecture
 from memedit.config import EvaluationSettings
-from memedit.consistency import inverse_document_frequency, tfidf_cosine
+from memedit.consistency import tfidf_cosine
 from memedit.generate import greedy_continuations
 from memedit.intervals import FACT_VALUES, SCORED, intervals_of, scale_of
 from memedit.outcome import METRIC_KEYS, Evaluation, FactResult
 from memedit.prompts import encode_completion
 from memedit.requests import EditRequest, whole_word
 from memedit.scoring import Completion, CompletionScore, score_completions
-from memedit.side_effects import (
-    DriftReference,
-    SideEffects,
-    consistency_sample,
-    drift_prompts,
-    side_effect_parts,
-    side_effects_of,
-)
+from memedit.side_effects import Sample, SideEffects, consistency_sample, drift_prompts
 
 GENERATION_EXTRA_TOKENS = 5
 """How many tokens beyond the length of the new object a continuation may take to say it."""
@@ -214,36 +207,6 @@ def summarise(facts: Sequence[FactResult]) -> dict[str, float | None]:
 # ---------------------------------------------------------------------------------- side effects
 
 
-def measure_side_effects(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    arch: Architecture | None,
-    requests: Sequence[EditRequest],
-    *,
-    heldout: Sequence[Sequence[int]] | None = None,
-    reference: DriftReference | None = None,
-    settings: EvaluationSettings | None = None,
-) -> SideEffects:
-    """What is measured of a model as a whole, in one process.
-
-    Args:
-        model: In eval mode; not changed.
-        tokenizer: The model's.
-        arch: The model's architecture; None for a family that cannot be edited.
-        requests: The facts.
-        heldout: See `side_effect_parts`.
-        reference: See `side_effect_parts`.
-        settings: How much is measured.
-
-    Raises:
-        NumericalError: The model gives NaN or an infinity.
-    """
-    parts = side_effect_parts(
-        requests, heldout=heldout, reference=reference, settings=settings or EvaluationSettings()
-    )
-    return side_effects_of(parts, [part.of(model, tokenizer, arch) for part in parts], reference)
-
-
 def with_side_effects(
     facts: Sequence[FactResult], requests: Sequence[EditRequest], effects: SideEffects
 ) -> list[FactResult]:
@@ -252,24 +215,21 @@ def with_side_effects(
     `neighbourhood_kl` is the mean KL(base ‖ model) of the next token over those of a fact's
     neighbourhood prompts that drift was measured on. `consistency` is the TF-IDF cosine of what
     the model writes on all its generation prompts with all its references, as in the reference
-    code, with the inverse document frequencies of the batch's references.
+    code, with the inverse document frequencies of the sampled facts' references.
     """
-    idf: dict[str, float] = {}
-    if effects.texts:
-        idf = inverse_document_frequency(
-            dict.fromkeys(text for request in requests for text in request.references)
-        )
+    sample = effects.reference.sample or Sample()
 
     def completed(fact: FactResult, request: EditRequest) -> FactResult:
         near = [effects.divergences.get(n.prompt) for n in request.neighbourhood]
         moved = [kl for kl in near if kl is not None]
-        texts = tuple(effects.texts[p] for p in request.generation_prompts if p in effects.texts)
+        asked = request.generation_prompts if request.case_id in sample.case_ids else ()
+        texts = tuple(effects.texts[prompt] for prompt in asked)
         return replace(
             fact,
             neighbourhood_kl=fmean(moved) if moved else None,
             texts=texts,
-            consistency=tfidf_cosine(" ".join(texts), " ".join(request.references), idf)
-            if texts and request.references
+            consistency=tfidf_cosine(" ".join(texts), " ".join(request.references), sample.idf)
+            if texts
             else None,
         )
 

@@ -70,10 +70,7 @@ def intervals_of(
         resamples: How often it is drawn anew.
         seed: Of the draws; the same intervals for the same facts.
     """
-    if not facts:
-        return {}
-    means = _drawn_means(facts, resamples, seed)
-    return {name: _middle(column_R, scale_of(name)) for name, column_R in means.items()}
+    return _bounds(_drawn_means(facts, resamples, seed))
 
 
 def changes_of(
@@ -96,20 +93,23 @@ def changes_of(
     """
     if [fact.case_id for fact in before] != [fact.case_id for fact in after]:
         raise ValueError("not the same facts, in their order")
-    if not before:
-        return {}
     old, new = (_drawn_means(facts, resamples, seed) for facts in (before, after))
-    changes = {name: new[name] - old[name] for name in old if name in new}
-    return {name: _middle(column_R, scale_of(name)) for name, column_R in changes.items()}
+    return _bounds({name: new[name] - old[name] for name in old if name in new})
 
 
 def _drawn_means(facts: Sequence[FactResult], resamples: int, seed: int) -> dict[str, Tensor]:
-    """Each metric, and the score, on every draw, [resamples]; shares are of 1."""
-    names = [n for n, of in FACT_VALUES.items() if any(not math.isnan(of(f)) for f in facts)]
+    """Each metric, and the score, on every draw, [resamples]; shares are of 1.
+
+    Without those that a single fact has: all draws of one are alike, and say nothing of others.
+    """
+    known = {name: sum(not math.isnan(of(f)) for f in facts) for name, of in FACT_VALUES.items()}
+    names = [name for name, count in known.items() if count > 1]
+    if not names:
+        return {}
     values_FM = torch.tensor(
         [[FACT_VALUES[name](fact) for name in names] for fact in facts], dtype=torch.float64
     )
-    means_RM = _resampled(values_FM, resamples, torch.Generator().manual_seed(seed))
+    means_RM = resampled_means(values_FM, resamples=resamples, seed=seed)
     if set(SCORED) <= set(names):
         parts_RP = means_RM[:, [names.index(name) for name in SCORED]]
         # Of a zero it is zero, as it should be: 3 / inf.
@@ -118,30 +118,23 @@ def _drawn_means(facts: Sequence[FactResult], resamples: int, seed: int) -> dict
     return dict(zip(names, means_RM.T, strict=True))
 
 
-def _middle(drawn_R: Tensor, scale: float) -> tuple[float, float]:
-    """The middle 95%, times `scale`."""
-    tail = (1 - _LEVEL) / 2
-    drawn_R = drawn_R[~drawn_R.isnan()]  # a draw may hold no fact with such a prompt
-    low, high = torch.quantile(drawn_R, drawn_R.new_tensor([tail, 1 - tail])).tolist()
-    return (scale * low, scale * high)
-
-
-def _resampled(values_FM: Tensor, resamples: int, generator: torch.Generator) -> Tensor:
-    """The means of facts that are drawn with replacement, [resamples, M]; NaN is left out."""
-    count = len(values_FM)
-    rows = max(1, _AT_ONCE // count)
-    parts = []
-    for start in range(0, resamples, rows):
-        size = (min(rows, resamples - start), count)
-        drawn_RF = torch.randint(count, size, generator=generator)
-        parts.append(values_FM[drawn_RF].nanmean(1))
-    return torch.cat(parts)
+def _bounds(drawn: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """The middle 95% of each metric's draws, in its unit."""
+    if not drawn:
+        return {}
+    low_M, high_M = middle(torch.stack(list(drawn.values()), dim=1))
+    return {
+        name: (scale_of(name) * low, scale_of(name) * high)
+        for name, low, high in zip(drawn, low_M.tolist(), high_M.tolist(), strict=True)
+    }
 
 
 def resampled_means(values_FM: Tensor, *, resamples: int = RESAMPLES, seed: int = 0) -> Tensor:
     """Means over facts that are drawn with replacement, [resamples, M]; NaN is left out.
 
-    All columns see the same draws, so that what is made of several columns may be drawn, too.
+    How often each fact was drawn, times its values: a draw is a row of counts c_F and its means are
+    c_F values_FM / c_F there_FM. All columns see the same draws, so that what is made of several
+    columns may be drawn, too.
 
     Args:
         values_FM: M values of each fact, float64.
@@ -150,11 +143,18 @@ def resampled_means(values_FM: Tensor, *, resamples: int = RESAMPLES, seed: int 
     """
     count = len(values_FM)
     generator = torch.Generator().manual_seed(seed)
-    drawn_RF = torch.randint(count, (resamples, count), generator=generator)
-    times_RF = torch.zeros(resamples, count, dtype=torch.float64)
-    times_RF.scatter_add_(1, drawn_RF, torch.ones_like(times_RF))
-    there_FM = ~values_FM.isnan()
-    return (times_RF @ values_FM.nan_to_num()) / (times_RF @ there_FM.double())
+    there_FM = (~values_FM.isnan()).double()
+    values_FM = values_FM.nan_to_num()
+    at_once = max(1, _AT_ONCE // count)
+    parts = []
+    for start in range(0, resamples, at_once):
+        rows = min(at_once, resamples - start)
+        drawn_RF = torch.randint(count, (rows, count), generator=generator)
+        places_RF = drawn_RF + count * torch.arange(rows)[:, None]
+        times_RF = torch.bincount(places_RF.flatten(), minlength=rows * count).view(rows, count)
+        times_RF = times_RF.double()
+        parts.append((times_RF @ values_FM) / (times_RF @ there_FM))
+    return torch.cat(parts)
 
 
 def middle(means_RM: Tensor) -> tuple[Tensor, Tensor]:

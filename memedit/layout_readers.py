@@ -40,17 +40,42 @@ def read_native(row: Row) -> Parts:
     )
 
 
+EVALUATION_ONLY = (
+    *("attributes", "attribute_prompts", "portability", "generation_prompts", "references"),
+    "relation_id",
+)
+"""What a row of any layout may hold for the evaluation, under memedit's own names."""
+
+
 def _beside(row: Row) -> dict[str, Any]:
-    """What a row of any layout may hold for the evaluation, under memedit's own names."""
-    portability = maybe(row, "portability")
-    listed = portability is not None and isinstance(portability.value, list | tuple)
+    """The roles of `EVALUATION_ONLY`."""
     return {
         "attributes": items(maybe(row, "attributes", "attribute_prompts")),
-        "portability": [_native_neighbour(p) for p in items(portability)] if listed else (),
-        "generation_prompts": items(maybe(row, "generation_prompts")),
-        "references": items(maybe(row, "references")),
+        "portability": list(_portability(maybe(row, "portability"))),
+        "generation_prompts": one_or_many(maybe(row, "generation_prompts")),
+        "references": one_or_many(maybe(row, "references")),
         "relation_id": maybe(row, "relation_id"),
     }
+
+
+def _portability(portability: Named | None) -> Iterator[tuple[Named, Named]]:
+    """A list of memedit's own, one question as EasyEdit adds it to zsRE, or groups as KnowEdit."""
+    if portability is None:
+        return
+    if isinstance(portability.value, list | tuple):
+        yield from (_native_neighbour(p) for p in items(portability))
+    elif isinstance(portability.value, Mapping) and "New Question" in portability.value:
+        question, answer = inside(portability, "New Question"), inside(portability, "New Answer")
+        if question and answer:
+            yield question, answer
+    else:
+        yield from _nested_locality(portability)
+
+
+def _relation_in(row: Row, group: str, name: str) -> dict[str, Any]:
+    """The relation that an edit names, or else the row."""
+    found = inside(Named(group, row[group]), name)
+    return {"relation_id": found or maybe(row, "relation_id")}
 
 
 def _native_neighbour(item: Named) -> tuple[Named, Named]:
@@ -76,7 +101,7 @@ def read_counterfact(row: Row) -> Parts:
         target_true=target_true,
         paraphrases=items(maybe(row, "paraphrase_prompts")),
         neighbourhood=[(n, target_true) for n in items(maybe(row, "neighborhood_prompts"))],
-        **_beside(row) | {"relation_id": maybe(row["requested_rewrite"], "relation_id")},
+        **_beside(row) | _relation_in(row, "requested_rewrite", "relation_id"),
     )
 
 
@@ -97,17 +122,8 @@ def read_zsre_mend(row: Row) -> Parts:
         target_true=_old_answer(answers, target_new),
         paraphrases=one_or_many(maybe(row, "rephrase")),
         neighbourhood=neighbourhood,
-        **_beside(row) | _question_that_follows(row),
+        **_beside(row),
     )
-
-
-def _question_that_follows(row: Row) -> dict[str, Any]:
-    """EasyEdit's addition to this layout: one question that the new answer decides."""
-    portability = maybe(row, "portability")
-    if portability is None or not isinstance(portability.value, Mapping):
-        return {}
-    question, answer = inside(portability, "New Question"), inside(portability, "New Answer")
-    return {"portability": [(question, answer)] if question and answer else ()}
 
 
 def read_easyedit(row: Row) -> Parts:
@@ -130,24 +146,23 @@ def _edit_row(row: Row, *, subject: str, prompt: str, target_new: str) -> Parts:
         target_true=_old_answer(texts_in(maybe(row, "ground_truth", "target_true")), new),
         paraphrases=one_or_many(rephrased),
         neighbourhood=[*_flat_locality(row), *_nested_locality(maybe(row, "locality"))],
-        **_beside(row) | _nested_portability(row),
+        **_beside(row),
     )
 
 
 def read_mquake(row: Row) -> Parts:
     """MQuAKE with one rewrite (see `split_rewrites`): several-hop questions that it decides."""
-    answer = maybe(row, "new_answer")
+    answer, beside = maybe(row, "new_answer"), _beside(row)
+    questions = [(q, answer) for q in items(maybe(row, "questions")) if answer]
     return Parts(
         subject=get(row, "requested_rewrite", "subject"),
         prompt=get(row, "requested_rewrite", "prompt"),
         target_new=get(row, "requested_rewrite", "target_new", "str"),
         target_true=get(row, "requested_rewrite", "target_true", "str"),
         paraphrases=one_or_many(maybe(row["requested_rewrite"], "question")),
-        **_beside(row)
-        | {
-            "portability": [(q, answer) for q in items(maybe(row, "questions")) if answer],
-            "relation_id": maybe(row["requested_rewrite"], "relation_id"),
-        },
+        **beside
+        | {"portability": [*beside["portability"], *questions]}
+        | _relation_in(row, "requested_rewrite", "relation_id"),
     )
 
 
@@ -172,13 +187,13 @@ def split_rewrites(row: Row) -> list[Row]:
     ]
 
 
-_FOLLOW = (
+FOLLOW = (
     "Logical_Generalization",
     "Subject_Aliasing",
     "Compositionality_I",
     "Compositionality_II",
 )
-_STAY = ("Relation_Specificity", "Forgetfulness")
+STAY = ("Relation_Specificity", "Forgetfulness")
 
 
 def read_ripple_edits(row: Row) -> Parts:
@@ -189,7 +204,8 @@ def read_ripple_edits(row: Row) -> Parts:
     `subject`. What else a query requires to hold (`condition_queries`) is not looked at.
     """
     prompt, target_new = _sentence(get(row, "edit", "prompt"))
-    original = maybe(row["edit"], "original_fact")
+    original, beside = maybe(row["edit"], "original_fact"), _beside(row)
+    follow = [pair for group in FOLLOW for pair in _queries(row, group)]
     old = (
         None if original is None else inside(Named("edit.original_fact", original.value), "prompt")
     )
@@ -198,12 +214,10 @@ def read_ripple_edits(row: Row) -> Parts:
         prompt=prompt,
         target_new=target_new,
         target_true=None if old is None else _sentence(old)[1],
-        neighbourhood=[pair for group in _STAY for pair in _queries(row, group)],
-        **_beside(row)
-        | {
-            "portability": [pair for group in _FOLLOW for pair in _queries(row, group)],
-            "relation_id": maybe(row["edit"], "relation"),
-        },
+        neighbourhood=[pair for group in STAY for pair in _queries(row, group)],
+        **beside
+        | {"portability": [*beside["portability"], *follow]}
+        | _relation_in(row, "edit", "relation"),
     )
 
 
@@ -218,28 +232,36 @@ def _sentence(named: Named) -> tuple[Named, Named]:
 
 
 def _subject(row: Row, prompt: Named) -> Named:
-    """The words that end all prompts about the subject, behind the first `of`."""
-    asked = [str(prompt.value)]
-    for group in (*_STAY, *_FOLLOW):
-        for query in _test_queries(row, group):
-            about, text = inside(query, "subject_id"), inside(query, "prompt")
-            if about and text and about.value == row["edit"].get("subject_id"):
-                asked.append(str(text.value))
+    """The words that end the prompts about all relations of the subject, behind the first `of`.
+
+    Only what must stay names the subject as the edit does (`Subject_Aliasing` does not), and of two
+    further relations at least, since two alone may end alike: "date of birth of", "place of birth
+    of".
+    """
+    asked = {row["edit"].get("relation"): _named_words(prompt)}
+    for query in _test_queries(row, "Relation_Specificity"):
+        about, text = inside(query, "subject_id"), inside(query, "prompt")
+        if about and text and about.value == row["edit"].get("subject_id"):
+            relation = inside(query, "relation") or text
+            asked.setdefault(str(relation.value), _named_words(text))
     common: list[str] = []
-    for words in zip(*(reversed(text.split()) for text in asked), strict=False):
+    for words in zip(*(reversed(words) for words in asked.values()), strict=False):
         if len(set(words)) > 1:
             break
         common.insert(0, words[0])
-    found = " ".join(common[:-1])  # without "is"
-    name = (
-        found.partition("of ")[2] if f" {found}".startswith(" of ") else found.partition(" of ")[2]
-    )
-    if len(asked) < 2 or not name:
+    name = f" {' '.join(common)}".partition(" of ")[2]
+    if len(asked) < 3 or not name or len(common) == min(map(len, asked.values())):
         raise InputError(
             "'subject' is missing, and the row's other prompts do not tell how it is called",
             field="subject",
         )
     return Named("edit.prompt", name)
+
+
+def _named_words(prompt: Named) -> list[str]:
+    """`The names of the siblings of Leo are` without its verb."""
+    words = str(prompt.value).split()
+    return words[:-1] if words[-1:] in (["is"], ["are"]) else words
 
 
 def _test_queries(row: Row, group: str) -> Iterator[Named]:
@@ -255,14 +277,6 @@ def _queries(row: Row, group: str) -> Iterator[tuple[Named, Named]]:
         answer = next((value for value in values if value is not None and value.value), None)
         if prompt is not None and answer is not None:
             yield prompt, answer
-
-
-def _nested_portability(row: Row) -> dict[str, Any]:
-    """The groups of KnowEdit's and EasyEdit's `portability`, which are those of a `locality`."""
-    portability = maybe(row, "portability")
-    if portability is None or isinstance(portability.value, list | tuple):
-        return {}  # memedit's own
-    return {"portability": _nested_locality(portability)}
 
 
 def _flat_locality(row: Row) -> Iterator[tuple[Named, Named]]:

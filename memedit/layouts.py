@@ -13,6 +13,8 @@ from typing import Any
 
 from memedit.errors import InputError
 from memedit.layout_readers import (
+    FOLLOW,
+    STAY,
     read_counterfact,
     read_easyedit,
     read_mquake,
@@ -38,12 +40,14 @@ from memedit.requests import (
 class Layout:
     """How one data set writes a fact.
 
-    `marks`: a row with any of these fields has this layout. `needs`: fields it must have.
+    `marks`: a row with any of these fields has this layout. `needs`: fields it must have. `nested`:
+    those of its fields that hold lists or objects; in a cell of text they are written as JSON.
     """
 
     name: str
     marks: tuple[str, ...]
     needs: tuple[str, ...]
+    nested: tuple[str, ...]
     read: Callable[[Row], Parts]
 
 
@@ -208,13 +212,17 @@ def _relation_id(named: Named | None) -> str | None:
     """A number will do, too."""
     if named is None:
         return None
-    if isinstance(named.value, int) and not isinstance(named.value, bool):
-        return str(named.value)
-    return clean_text(named.value, field=named.field, one_line=True)
+    value = named.value
+    if isinstance(value, float) and value.is_integer():  # as tables of numbers with gaps have them
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return clean_text(value, field=named.field, one_line=True)
 
 
 _PLAIN = ("subject", "prompt", "target_new")
-NATIVE = Layout(name="native", marks=_PLAIN, needs=_PLAIN, read=read_native)
+_LISTS = ("paraphrases", "neighbourhood", "neighborhood")
+NATIVE = Layout(name="native", marks=_PLAIN, needs=_PLAIN, nested=_LISTS, read=read_native)
 
 # Of several that fit, the first is taken, so the telling ones come first.
 LAYOUTS: tuple[Layout, ...] = (
@@ -222,56 +230,57 @@ LAYOUTS: tuple[Layout, ...] = (
         name="MQuAKE",
         marks=("new_answer", "new_single_hops"),
         needs=("requested_rewrite", "questions", "new_answer"),
+        nested=("requested_rewrite", "questions", "new_single_hops"),
         read=read_mquake,
     ),
     Layout(
         name="CounterFact",
         marks=("requested_rewrite",),
         needs=("requested_rewrite",),
+        nested=("requested_rewrite", "paraphrase_prompts", "neighborhood_prompts"),
         read=read_counterfact,
     ),
     Layout(
         name="native",
-        marks=("paraphrases", "neighbourhood", "neighborhood"),
+        marks=_LISTS,
         needs=_PLAIN,
+        nested=_LISTS,
         read=read_native,
     ),
     Layout(
         name="zsRE (MEND)",
         marks=("src", "alt"),
         needs=("subject", "src", "alt"),
+        nested=("answers",),
         read=read_zsre_mend,
     ),
     Layout(
         name="KnowEdit WikiBio",
         marks=("concept",),
         needs=("concept", "text", "labels"),
+        nested=("locality",),
         read=read_wikibio,
     ),
-    Layout(name="KnowEdit", marks=("locality", "portability"), needs=_PLAIN, read=read_easyedit),
+    Layout(
+        name="KnowEdit",
+        marks=("locality", "portability"),
+        needs=_PLAIN,
+        nested=("locality",),
+        read=read_easyedit,
+    ),
     Layout(
         name="EasyEdit",
         marks=("ground_truth", "rephrase_prompt", "rephrase", "locality_prompt"),
         needs=_PLAIN,
+        nested=("locality",),
         read=read_easyedit,
     ),
+    NATIVE,
     Layout(
         name="RippleEdits",
         marks=("edit", "Compositionality_I"),
         needs=("edit",),
+        nested=("edit", *STAY, *FOLLOW),
         read=read_ripple_edits,
     ),
-    NATIVE,
 )
-
-STRUCTURED = frozenset(
-    {
-        *("paraphrases", "neighbourhood", "neighborhood", "requested_rewrite", "answers"),
-        *("paraphrase_prompts", "neighborhood_prompts", "locality", "portability"),
-        *("attributes", "attribute_prompts", "generation_prompts", "references"),
-        *("questions", "new_single_hops", "edit", "Relation_Specificity", "Forgetfulness"),
-        *("Logical_Generalization", "Subject_Aliasing", "Compositionality_I"),
-        "Compositionality_II",
-    }
-)
-"""Fields that hold lists or objects; in a cell of text they are written as JSON."""

@@ -8,7 +8,7 @@ token that spans a border cannot shift it. Targets are concatenated as ids, neve
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -83,7 +83,7 @@ def check_prompts(
 
     Args:
         tokenizer: The model's.
-        request: The fact; its prompt and all others that are scored are looked at.
+        request: The fact; what only the evaluation asks is left to `readable`.
         positions: How many the model reads (`memedit.model.positions_of`).
 
     Raises:
@@ -95,19 +95,38 @@ def check_prompts(
     for neighbour in request.neighbourhood:
         for target in (neighbour.target, request.target_new):
             asked.append(("neighbourhood", neighbour.prompt, target))
-    asked += [("attributes", text, target) for text in request.attributes for target in targets]
-    asked += [("portability", implied.prompt, implied.target) for implied in request.portability]
     for field, prompt, target in asked:
-        # A token has a byte at least, and few are added: most texts need no tokenizer to be judged.
-        if 2 * len(f"{prompt} {target}".encode()) <= positions:
-            continue
-        length = sum(map(len, encode_completion(tokenizer, prompt, target)))
+        length = _length(tokenizer, prompt, target, positions)
         if length > positions:
             raise InputError(
                 f"{length} tokens with its target, in {prompt[:40]!r}…; the model reads"
                 f" {positions}",
                 field=field,
             )
+
+
+def readable(
+    tokenizer: PreTrainedTokenizerBase, request: EditRequest, positions: float
+) -> EditRequest:
+    """The fact without those prompts that serve the evaluation alone and are too long for it."""
+    targets = [target for target in (request.target_new, request.target_true) if target]
+
+    def fits(prompt: str, target: str) -> bool:
+        return _length(tokenizer, prompt, target, positions) <= positions
+
+    return replace(
+        request,
+        attributes=tuple(p for p in request.attributes if all(fits(p, t) for t in targets)),
+        portability=tuple(p for p in request.portability if fits(p.prompt, p.target)),
+    )
+
+
+def _length(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, positions: float) -> int:
+    """How many tokens a completion has; 0 where it surely has no more than `positions`."""
+    # A token has a byte at least, and few are added: most texts need no tokenizer to be judged.
+    if 2 * len(f"{prompt} {target}".encode()) <= positions:
+        return 0
+    return sum(map(len, encode_completion(tokenizer, prompt, target)))
 
 
 def locate_subject(tokenizer: PreTrainedTokenizerBase, template: str, subject: str) -> Located:

@@ -12,9 +12,12 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from memedit.errors import InputError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +170,9 @@ class Resolution:
 def resolve(requests: Iterable[EditRequest]) -> Resolution:
     """Merge duplicates into the first of them and take contradictory requests out.
 
-    Texts are compared in NFC with runs of whitespace as one space. None of the requests of a
-    conflict is kept, because nothing says which of them is right. Order is kept.
+    The first gets what the others bring for the evaluation alone: other questions, say, that follow
+    from the same fact. Texts are compared in NFC with runs of whitespace as one space. None of the
+    requests of a conflict is kept, because nothing says which of them is right. Order is kept.
     """
     kept: dict[tuple[str, str, str], EditRequest] = {}
     duplicates = []
@@ -176,7 +180,8 @@ def resolve(requests: Iterable[EditRequest]) -> Resolution:
         fact = (*_question(request), comparable(request.target_new))
         first = kept.setdefault(fact, request)
         if first is not request:
-            duplicates.append(Duplicate(kept=first, dropped=request))
+            kept[fact] = _with_prompts_of(request, first)
+            duplicates.append(Duplicate(kept=kept[fact], dropped=request))
 
     questions: dict[tuple[str, str], list[EditRequest]] = {}
     ids: dict[str, list[EditRequest]] = {}
@@ -199,6 +204,22 @@ def resolve(requests: Iterable[EditRequest]) -> Resolution:
         requests=tuple(r for r in kept.values() if id(r) not in contradictory),
         duplicates=tuple(duplicates),
         conflicts=(*conflicts, *clashes),
+    )
+
+
+def _with_prompts_of(other: EditRequest, request: EditRequest) -> EditRequest:
+    """A request with what another of the same fact has for the evaluation alone."""
+
+    def both(one: tuple[T, ...], two: tuple[T, ...]) -> tuple[T, ...]:
+        return tuple(dict.fromkeys((*one, *two)))
+
+    return replace(
+        request,
+        attributes=both(request.attributes, other.attributes),
+        portability=both(request.portability, other.portability),
+        generation_prompts=both(request.generation_prompts, other.generation_prompts),
+        references=both(request.references, other.references),
+        relation_id=request.relation_id or other.relation_id,
     )
 
 

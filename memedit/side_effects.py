@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Protocol, TypeVar
 
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memedit.architecture import Architecture
 from memedit.config import EvaluationSettings
+from memedit.consistency import inverse_document_frequency
 from memedit.generate import greedy_continuations
 from memedit.prompts import encode
 from memedit.requests import EditRequest
@@ -38,6 +39,36 @@ from memedit.scoring import (
 _PROMPTS_PER_TEXTS, _PROMPTS_PER_DRIFT, _WINDOWS_PER_PART = 32, 50, 8
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Which facts a model is to write free text about.
+
+    Chosen once for all models that are compared: on other facts the text would be another, whatever
+    an edit did.
+    """
+
+    told: tuple[str, ...] = ()
+    """The prompts of the facts that `fluency` is measured on."""
+    asked: tuple[str, ...] = ()
+    """The generation prompts of those that `consistency` is."""
+    case_ids: frozenset[str] = frozenset()
+    """Those."""
+    idf: Mapping[str, float] = field(default_factory=dict)
+    """How telling each word of their references is."""
+
+    @classmethod
+    def of(cls, requests: Sequence[EditRequest], settings: EvaluationSettings) -> Sample:
+        """The first facts that have what is needed."""
+        known = consistency_sample(requests, settings)
+        references = dict.fromkeys(text for request in known for text in request.references)
+        return cls(
+            told=tuple(request.text for request in requests[: settings.fluency_facts]),
+            asked=tuple(dict.fromkeys(p for r in known for p in r.generation_prompts)),
+            case_ids=frozenset(request.case_id for request in known),
+            idf=inverse_document_frequency(references),
+        )
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DriftReference:
     """The base's next-token distribution after some prompts: `logprobs_NV`, float32, on the CPU."""
@@ -46,6 +77,8 @@ class DriftReference:
     logprobs_NV: Tensor
     prompts: tuple[str, ...] = ()
     """The texts of the contexts, where they are known."""
+    sample: Sample | None = None
+    """What the base was asked to write about, if it was."""
 
     def slices(self, size: int) -> list[DriftReference]:
         """The same in pieces of so many contexts, none of which holds on to the others."""
@@ -205,6 +238,7 @@ def side_effect_parts(
     *,
     heldout: Sequence[Sequence[int]] | None = None,
     reference: DriftReference | None = None,
+    sample: Sample,
     settings: EvaluationSettings,
 ) -> list[Part]:
     """What is to be measured, the longest parts first.
@@ -214,26 +248,20 @@ def side_effect_parts(
         heldout: Token ids of documents for the perplexity; None leaves it out.
         reference: The base's distributions, from the measurement of the unedited model; None makes
             the measured model the base, whose drift is 0 by definition.
+        sample: What free text is asked for.
         settings: How much is measured.
     """
-    size = _PROMPTS_PER_TEXTS
-    told = [request.text for request in requests[: settings.fluency_facts]]
-    asked = [
-        prompt
-        for request in consistency_sample(requests, settings)
-        for prompt in request.generation_prompts
-    ]
-    asked = list(dict.fromkeys(asked))
+    size, told, asked = _PROMPTS_PER_TEXTS, sample.told, sample.asked
     windows = heldout_windows(
         heldout or (), window=settings.heldout_window, max_tokens=settings.heldout_tokens
     )
     batch = settings.tokens_per_batch
     parts: list[Part] = [
-        Texts(prompts=tuple(asked[i : i + size]), tokens=settings.consistency_tokens)
+        Texts(prompts=asked[i : i + size], tokens=settings.consistency_tokens)
         for i in range(0, len(asked), size)
     ]
     parts += [
-        Entropies(prompts=tuple(told[i : i + size]), tokens=settings.fluency_tokens)
+        Entropies(prompts=told[i : i + size], tokens=settings.fluency_tokens)
         for i in range(0, len(told), size)
     ]
     parts += [
@@ -264,7 +292,7 @@ class SideEffects:
     metrics: dict[str, float | None]
     """`fluency`, `perplexity`, `drift_kl` and `drift_top1`; None without anything to measure."""
     reference: DriftReference
-    """For the measurement of the edited model."""
+    """For the measurement of the edited model, with the sample."""
     divergences: dict[str, float] = field(default_factory=dict)
     """KL(base ‖ model) of the next token after each drift prompt, in nats."""
     texts: dict[str, str] = field(default_factory=dict)
@@ -275,7 +303,10 @@ _Kind = TypeVar("_Kind")
 
 
 def side_effects_of(
-    parts: Sequence[Part], results: Sequence[Any], reference: DriftReference | None
+    parts: Sequence[Part],
+    results: Sequence[Any],
+    reference: DriftReference | None,
+    sample: Sample | None = None,
 ) -> SideEffects:
     """Put what was measured of the parts together, in their order.
 
@@ -283,6 +314,7 @@ def side_effects_of(
         parts: What was measured.
         results: What came out of each.
         reference: That which the parts were made with.
+        sample: That which they were made with.
     """
 
     def found(kind: type[Part]) -> list[Any]:
@@ -295,6 +327,8 @@ def side_effects_of(
         moved = [(prompt, 0.0, True) for prompt in reference.prompts]
     else:
         moved = found(Shift)
+    if reference.sample is not sample:
+        reference = replace(reference, sample=sample)
     divergences = {prompt: kl for prompt, kl, _ in moved}
     drift_kl, drift_top1 = _drift([(kl, same) for _, kl, same in moved]) or (None, None)
     return SideEffects(

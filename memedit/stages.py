@@ -30,6 +30,7 @@ from memedit.requests import EditRequest
 from memedit.side_effects import (
     DriftReference,
     Part,
+    Sample,
     prediction_parts,
     side_effect_parts,
     side_effects_of,
@@ -372,7 +373,9 @@ def judge(
 ) -> tuple[Evaluation, DriftReference]:
     """All metrics of the workers' model on a batch of facts, and the base's distributions.
 
-    `heldout`, `reference` and `settings` are those of `memedit.side_effects.side_effect_parts`.
+    `heldout`, `reference` and `settings` are those of `memedit.side_effects.side_effect_parts`. A
+    reference that an earlier call gave brings its sample of facts for free text, so that facts that
+    were left out since do not make it another one.
     """
     progress.start("evaluate", total=len(requests), unit="facts")
     size = FACTS_PER_SCORE_UNIT
@@ -390,9 +393,12 @@ def judge(
     facts = [results[request.case_id] for request in requests]
     progress.finish("evaluate")
 
-    parts = side_effect_parts(requests, heldout=heldout, reference=reference, settings=settings)
+    sample = (reference and reference.sample) or Sample.of(requests, settings)
+    parts = side_effect_parts(
+        requests, heldout=heldout, reference=reference, sample=sample, settings=settings
+    )
     measured = _measured(executor, parts, progress)
-    effects = side_effects_of(parts, measured, reference)
+    effects = side_effects_of(parts, measured, reference, sample)
     return (
         evaluation_of(with_side_effects(facts, requests, effects), effects.metrics),
         effects.reference,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import math
 import os
 import signal
 import sys
@@ -31,6 +30,7 @@ from workflows import settings
 from workflows.actions import ACTIONS, FACTS, RENDER, SUBMIT, Action
 from workflows.command_help import JobCommand, flags_of
 from workflows.jobfile import load_job
+from workflows.plain import plain
 from workflows.render_command import render_command
 from workflows.submit_command import submit_command
 from workflows.wording import without_keys
@@ -62,7 +62,7 @@ def _act(action: Action, job: settings.Job) -> None:
     result = _perform(action, job, context.obj.run_id)
     if not job.json:
         _function(f"workflows.results:{action.show}")(result, sys.stdout)
-    summary = _plain(result if isinstance(result, Mapping) else result.summary())
+    summary = plain(result if isinstance(result, Mapping) else result.summary())
     if job.json:
         click.echo(json.dumps(summary, ensure_ascii=False, allow_nan=False))
     if summary.get("ok") is False:
@@ -234,17 +234,6 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _plain(value: Any) -> Any:
-    """`value` as JSON has it: paths as texts, a number that is not finite as null."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ method that fails on some number of facts has a row that says why, and the other
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,16 +21,16 @@ from memedit.errors import InputError, MemeditError, NumericalError
 from memedit.executor import Executor
 from memedit.manifest import code_versions
 from memedit.outcome import Evaluation, RepairRound
-from memedit.progress import Progress
+from memedit.progress import Progress, Silent
 from memedit.requests import EditRequest
 from memedit.side_effects import DriftReference
 from memedit.stages import judge
-from memedit.writing import whole_file
 from workflows.editing import Edited, Editing, editing_for
 from workflows.facts import FactTable, read_facts
 from workflows.findings import SHOWN_RELATIONS, plural
 from workflows.judgements import relation_metrics, write_judgements
 from workflows.moments import TokenSource, corpus_of, load_stats
+from workflows.plain import write_result
 from workflows.progress import Timed
 from workflows.session import (
     Base,
@@ -99,13 +98,14 @@ def run_compare(job: CompareJob, progress: Progress) -> Mapping[str, Any]:
         timed.start("load")
         table = read_facts(job.facts, on_bad_row=job.on_bad_row)
         base = open_base(job, timed)
+        settings = settings_of(job, base, 1, timed)  # doubts are told here, and once
         layers: set[int] = set()
         for method in job.method_names:  # what is wrong with one is said before the others begin
-            layers |= set(settings_of(job_of(job, method), base, 1, timed).layers)
+            layers |= set(settings_of(job_of(job, method), base, 1, Silent()).layers)
         base.checkpoint.check_editable(
             base.arch.checkpoint_key(layer, base.checkpoint.names) for layer in layers
         )
-        contexts = contexts_of(settings_of(job, base, 1, timed), base, None)
+        contexts = contexts_of(settings, base, None)
         table, _ = encode_facts(table, base, contexts, on_bad_row=job.on_bad_row)
         _need(table, job)
         base.checkpoint.check_finite()
@@ -144,8 +144,7 @@ def run_compare(job: CompareJob, progress: Progress) -> Mapping[str, Any]:
         from workflows.comparison_page import write_comparison  # brings matplotlib
 
         write_comparison(result, publication.staging / PAGE_NAME)
-        with whole_file(publication.staging / RESULTS_NAME) as partial:
-            partial.write_text(json.dumps(result, indent=2) + "\n")
+        write_result(publication.staging / RESULTS_NAME, result)
         publication.appear()
     return result
 
@@ -189,7 +188,7 @@ class _Comparison:
             for method in self.job.method_names:
                 self.progress.message(f"{method}, {plural(count, 'fact')}")
                 job = job_of(self.job, method)
-                settings = settings_of(job, self.base, count, self.progress)
+                settings = settings_of(job, self.base, count, Silent())
                 row = Compared(
                     method=method, edits=count, layers=settings.layers, lam=settings.solve.lam
                 )
@@ -211,7 +210,7 @@ class _Comparison:
                     yield replace(row, failed=str(error))
 
     def _source(self, method: Any, count: int) -> TokenSource:
-        settings = settings_of(job_of(self.job, method), self.base, count, self.progress)
+        settings = settings_of(job_of(self.job, method), self.base, count, Silent())
         return TokenSource(
             corpus=corpus_of(self.job),
             base=self.base,
@@ -224,7 +223,7 @@ class _Comparison:
     def _editing(self, job: CompareJob, requests: Sequence[EditRequest]) -> Iterator[Editing]:
         """A method that is ready to begin; the workers hold the base again afterwards."""
         base, executor, progress = self.base, self.executor, self.progress
-        settings = settings_of(job, base, len(requests), progress)
+        settings = settings_of(job, base, len(requests), Silent())
         source = self._source(job.method, len(requests))
         try:
             yield editing_for(

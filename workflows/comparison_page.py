@@ -15,9 +15,12 @@ from matplotlib.axes import Axes
 from memedit.writing import whole_file
 from workflows.findings import METRIC, METRICS, interval_text, metrics_to_show, plural
 from workflows.pages import page_templates
-from workflows.plots import INK, MUTED, SERIES, themed_svg
+from workflows.plots import MUTED, SERIES, themed_svg
 
 _MARKERS = "os^Dv<>P"
+_DASHES: tuple[Any, ...] = ("-", (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
+_AXES_POINTS, _LABEL_POINTS = 165, 12.5
+"""How high the axes and a label of them are, about."""
 
 
 def write_comparison(result: Mapping[str, Any], path: Path) -> None:
@@ -78,6 +81,56 @@ def relations_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {"metric": metric, "methods": [row["method"] for row in judged], "lines": lines}
 
 
+def line_style(place: int) -> tuple[str, Any, str]:
+    """Colour, dashes and marker of a line: the first is the base's, and no two of 15 are alike."""
+    marker = _MARKERS[place % len(_MARKERS)]
+    if place == 0:
+        return MUTED, (0, (4, 3)), marker
+    turn, colour = divmod(place - 1, len(SERIES))
+    return SERIES[colour], _DASHES[turn % len(_DASHES)], marker
+
+
+def _label_ends(axes: Axes, ends: Mapping[str, tuple[int, float]]) -> None:
+    """The name of each line at its last point, those at one place one above the other."""
+    low, high = axes.get_ylim()
+    scale = _AXES_POINTS / (high - low)
+    names = list(ends)
+    for x in {x for x, _ in ends.values()}:
+        here = [name for name in names if ends[name][0] == x]
+        heights = [(ends[name][1] - low) * scale for name in here]
+        for name, height, moved in zip(here, heights, spread(heights, _LABEL_POINTS), strict=True):
+            axes.annotate(
+                name,
+                ends[name],
+                (7, moved - height),
+                textcoords="offset points",
+                va="center",
+                color=line_style(names.index(name))[0],
+                fontsize=10.5,
+            )
+    axes.set_ylim(low, high)
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights in the same order at least `gap` apart; groups of near ones stay where they are.
+
+    Neighbours that are too near are joined to a block around the mean of its members, and blocks
+    that meet are joined again.
+    """
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    blocks: list[tuple[float, int]] = []  # its middle, and how many are in it
+    for i in order:
+        middle, count = heights[i], 1
+        while blocks and middle - blocks[-1][0] < gap * (count + blocks[-1][1]) / 2:
+            below, others = blocks.pop()
+            middle = (below * others + middle * count) / (count + others)
+            count += others
+        blocks.append((middle, count))
+    placed = [middle + gap * (k - (n - 1) / 2) for middle, n in blocks for k in range(n)]
+    found = dict(zip(order, placed, strict=True))
+    return [found[i] for i in range(len(heights))]
+
+
 def curves_plot(rows: Sequence[Mapping[str, Any]], key: str) -> str:
     """A metric against the number of facts (log axis), one line a method, with 95% intervals."""
     curves: dict[str, list[tuple[int, float, Sequence[float] | None]]] = {}
@@ -92,29 +145,21 @@ def curves_plot(rows: Sequence[Mapping[str, Any]], key: str) -> str:
     def draw(axes: Axes) -> None:
         for place, (method, points) in enumerate(curves.items()):
             base = method == "base"
-            colour = MUTED if base else SERIES[(place - 1) % len(SERIES)]
+            colour, dashes, marker = line_style(place)
             x = [edits for edits, _, _ in points]
             axes.plot(
                 x,
                 [value for _, value, _ in points],
                 color=colour,
                 lw=1.4 if base else 2.0,
-                ls=(0, (4, 3)) if base else "-",
-                marker=_MARKERS[place % len(_MARKERS)],
+                ls=dashes,
+                marker=marker,
                 ms=5,
             )
             bands = [(edits, pair) for edits, _, pair in points if pair is not None and not base]
             for edits, (low, high) in bands:
                 axes.plot([edits, edits], [low, high], color=colour, lw=1.0, alpha=0.6)
-            axes.annotate(
-                method,
-                (x[-1], points[-1][1]),
-                (7, 0),
-                textcoords="offset points",
-                va="center",
-                color=INK,
-                fontsize=10.5,
-            )
+        _label_ends(axes, {method: points[-1][:2] for method, points in curves.items()})
         axes.set_xscale("log")
         counts = sorted({row["edits"] for row in rows})
         axes.set_xticks(counts, [f"{count:,}" for count in counts])

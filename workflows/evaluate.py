@@ -5,7 +5,6 @@ With `out` the result and the judgement of each fact lie there, too, whole or no
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,15 +17,16 @@ from memedit.files import Files
 from memedit.model import ModelSpec, load_config, load_tokenizer, positions_of
 from memedit.outcome import FactResult
 from memedit.progress import Progress
-from memedit.prompts import check_prompts, encode
+from memedit.prompts import check_prompts, encode, readable
 from memedit.requests import EditRequest
 from memedit.stages import judge, predictions
-from memedit.writing import whole_file
 from workflows.corpora import open_corpus
 from workflows.facts import FactTable, read_facts
+from workflows.findings import SHOWN_RELATIONS
 from workflows.judgements import FACTS_TABLE_NAME, relation_metrics, write_judgements
 from workflows.models import resolve_model
 from workflows.moments import CHARACTERS_PER_TOKEN
+from workflows.plain import write_result
 from workflows.progress import Timed
 from workflows.session import device_of_job, gpus_of_job, open_workers, sift
 from workflows.settings import EvaluateJob, ModelJob, new_run_id
@@ -53,8 +53,7 @@ def run_evaluate(job: EvaluateJob, progress: Progress) -> Mapping[str, Any]:
         if publication is not None:
             write_judgements(publication.staging / FACTS_TABLE_NAME, [({}, facts)])
             result["out"] = publication.location
-            with whole_file(publication.staging / RESULTS_NAME) as partial:
-                partial.write_text(json.dumps(result, indent=2) + "\n")
+            write_result(publication.staging / RESULTS_NAME, result)
             publication.appear()
     return result
 
@@ -94,6 +93,7 @@ def _evaluated(job: EvaluateJob, timed: Timed) -> tuple[dict[str, Any], Sequence
             settings=settings,
             progress=timed,
         )
+    relations = relation_metrics(evaluation.facts, most=SHOWN_RELATIONS)
     result = {
         "model": job.model,
         "facts": {
@@ -104,7 +104,7 @@ def _evaluated(job: EvaluateJob, timed: Timed) -> tuple[dict[str, Any], Sequence
         },
         "metrics": dict(evaluation.metrics),
         "intervals": {name: list(pair) for name, pair in evaluation.intervals.items()},
-        "relations": [r.summary() for r in relation_metrics(evaluation.facts)],
+        "relations": [each.summary() for each in relations],
         "per_fact": [fact.to_dict() for fact in evaluation.facts],
         "timings_s": timed.timings_s,
         "out": None,
@@ -123,10 +123,12 @@ def _readable(
     tokenizer = load_tokenizer(places[0])
     positions = min(positions_of(load_config(files)) for files in places)
 
-    def check(request: EditRequest) -> None:
+    def read(request: EditRequest) -> EditRequest:
         check_prompts(tokenizer, request, positions)
+        return readable(tokenizer, request, positions)
 
-    return sift(table, check, on_bad_row=on_bad_row)[0]
+    table, found = sift(table, read, on_bad_row=on_bad_row)
+    return replace(table, requests=tuple(found))
 
 
 def _vocabulary(spec: ModelSpec) -> Mapping[str, int]:

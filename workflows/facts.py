@@ -20,7 +20,8 @@ from typing import Any, Literal, TypeAlias
 from cluster.store import is_remote, open_file
 from memedit.errors import InputError
 from memedit.files import File
-from memedit.layouts import STRUCTURED, layout_of, read_row, split_row, to_row
+from memedit.layout_readers import EVALUATION_ONLY
+from memedit.layouts import layout_of, read_row, split_row, to_row
 from memedit.requests import Duplicate, EditBatch, EditRequest, Provenance, resolve
 from memedit.writing import whole_file
 
@@ -354,10 +355,21 @@ def check_layout(columns: list[str], file: File) -> tuple[str, ...]:
     return layout.needs
 
 
+_LISTS_BESIDE = tuple(name for name in EVALUATION_ONLY if name != "relation_id")
+_TEXT_WILL_DO = ("generation_prompts", "references")
+"""Where one text is a list of one."""
+
+
 def _with_structure(row: dict[str, Any]) -> dict[str, Any] | Unreadable:
     """The row with cells that hold lists or objects as JSON text parsed."""
-    for name in STRUCTURED & row.keys():
-        if isinstance(row[name], str):
+    try:
+        nested = layout_of([name for name, value in row.items() if value is not None]).nested
+    except InputError:
+        return row  # which is refused later, with its place
+    for name in (*nested, *_LISTS_BESIDE):
+        if isinstance(row.get(name), str):
+            if name in _TEXT_WILL_DO and not row[name].lstrip().startswith("["):
+                continue
             try:
                 row[name] = _parse(row[name])
             except (ValueError, RecursionError) as error:

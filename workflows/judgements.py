@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,22 @@ def write_judgements(path: Path, groups: Iterable[tuple[Labels, Sequence[FactRes
         groups: What several judgements of the same facts are told apart by (the same names in each
             group, such as the method), which become columns; and the judgements.
     """
-    rows: list[dict[str, Any]] = []
-    labels: Labels = {}
-    for labels, facts in groups:
-        rows += [{**labels, **fact.to_dict()} for fact in facts]
-    with whole_file(path) as partial:
-        pq.write_table(pa.Table.from_pylist(rows, schema=_schema(labels)), partial)
+    groups = iter(groups)
+    first = next(groups, ({}, ()))
+    schema = _schema(first[0])
+    with whole_file(path) as partial, pq.ParquetWriter(partial, schema) as writer:
+        for labels, facts in chain([first], groups):
+            for start in range(0, len(facts), _FACTS_AT_ONCE):
+                some = facts[start : start + _FACTS_AT_ONCE]
+                columns = {name: [value] * len(some) for name, value in labels.items()} | {
+                    name: [getattr(fact, name) for fact in some] for name in _FIELDS
+                }
+                writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
 
 
+_FACTS_AT_ONCE = 2000
+"""How many are held as columns, so that memory does not grow with the facts."""
+_FIELDS = FactResult.__annotations__
 _KINDS = {
     "str": pa.string(),
     "bool": pa.bool_(),
@@ -52,7 +61,7 @@ _KINDS = {
 
 def _schema(labels: Labels) -> pa.Schema:
     fields = [(name, pa.array([value]).type) for name, value in labels.items()]
-    for name, kind in FactResult.__annotations__.items():
+    for name, kind in _FIELDS.items():
         fields.append((name, _KINDS[kind.removesuffix(" | None")]))
     return pa.schema(fields)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import jinja2
 
+SHOWN_CHARACTERS = 160
+"""Of a continuation, a prompt or a template."""
+
 
 def page_templates() -> jinja2.Environment:
     """The templates of this package for HTML."""
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("workflows", "templates"),
         autoescape=True,
         trim_blocks=True,
@@ -15,3 +18,11 @@ def page_templates() -> jinja2.Environment:
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["cut"] = cut
+    return environment
+
+
+def cut(text: str) -> str:
+    """A text on one line, without what is too much for a table."""
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1].rstrip() + "…"

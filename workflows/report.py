@@ -35,15 +35,13 @@ from workflows.findings import (
     weakest,
 )
 from workflows.judgements import FACTS_TABLE_NAME, relation_metrics
-from workflows.pages import page_templates
+from workflows.pages import cut, page_templates
 from workflows.plots import loss_plot, metrics_plot, norms_plot
 from workflows.progress import duration
 
 SHOWN_FAILURES = 40
 """How many failed facts the page lists; the counts by reason are over all of them."""
 SHOWN_CONTINUATIONS = 8
-SHOWN_CHARACTERS = 160
-"""Of a continuation or a prompt."""
 HEADLINE = ("efficacy", "paraphrase", "neighbourhood", "score")
 
 
@@ -59,7 +57,6 @@ def render_report(outcome: EditOutcome) -> str:
     """The page as text."""
     environment = page_templates()
     environment.filters["said"] = _said
-    environment.filters["cut"] = _cut
     return environment.get_template("report.html.j2").render(_context(outcome))
 
 
@@ -212,16 +209,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield f"{prefix}{name}", "default" if value is None else str(value)
 
 
-def _cut(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1].rstrip() + "…"
-
-
 def _said(fact: FactResult | None) -> Markup:
     """A continuation, escaped, with the first mention of the new and of the old object marked."""
     if fact is None or not fact.continuation.strip():
         return Markup('<span class="none">nothing</span>')
-    text = _cut(fact.continuation)
+    text = cut(fact.continuation)
     marks = []
     for kind, wanted in (("new", fact.target_new), ("old", fact.target_true)):
         at = text.casefold().find(wanted.casefold()) if wanted else -1

@@ -125,7 +125,8 @@ def _show_relations(relations: Sequence[Mapping[str, Any]], console: Console) ->
         for key in keys:
             interval = interval_text(row["intervals"].get(key))
             cells.append(f"{METRIC[key].show(row['metrics'].get(key))} {interval}".strip())
-        rows.append((*cells, row["relation"]))
+        name = row["relation"] or plural(row["relations"], "other relation")
+        rows.append((*cells, name))
     names = ("facts", *(METRIC[key].label for key in keys), "relation")
     console.print(rows_table(None, names, rows))
 

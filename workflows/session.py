@@ -31,6 +31,7 @@ from memedit.prompts import (
     check_prompts,
     encode,
     encode_request,
+    readable,
 )
 from memedit.requests import EditRequest
 from memedit.stages import once
@@ -198,7 +199,8 @@ def encode_facts(
     def encoded(request: EditRequest) -> EncodedRequest:
         return encode_fact(request, base, contexts)
 
-    return sift(table, encoded, on_bad_row=on_bad_row, refuse=refuse)
+    table, found = sift(table, encoded, on_bad_row=on_bad_row, refuse=refuse)
+    return replace(table, requests=tuple(one.request for one in found)), found
 
 
 def encode_fact(request: EditRequest, base: Base, contexts: Sequence[str]) -> EncodedRequest:
@@ -208,6 +210,7 @@ def encode_fact(request: EditRequest, base: Base, contexts: Sequence[str]) -> En
         InputError: It cannot be placed, or a text is longer than the model reads.
     """
     positions = positions_of(base.config)
+    request = readable(base.tokenizer, request, positions)
     one = encode_request(base.tokenizer, request, contexts)
     _check_length(one, positions)
     check_prompts(base.tokenizer, request, positions)

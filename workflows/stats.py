@@ -5,7 +5,6 @@ Loads the blocks up to the last edited layer and no more.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -15,8 +14,8 @@ from cluster.publication import open_publication
 from memedit.manifest import code_versions
 from memedit.moments import save_moment
 from memedit.progress import Progress
-from memedit.writing import whole_file
 from workflows.moments import STATS_NAME, TokenSource, corpus_of, moments_for, moments_name
+from workflows.plain import write_result
 from workflows.progress import Timed
 from workflows.session import open_base, open_workers, settings_of
 from workflows.settings import StatsJob, new_run_id
@@ -69,8 +68,7 @@ def run_stats(job: StatsJob, progress: Progress) -> Mapping[str, Any]:
             "layers": layers,
             "versions": code_versions(),
         }
-        with whole_file(publication.staging / STATS_NAME) as partial:
-            partial.write_text(json.dumps(stats, indent=2) + "\n")
+        write_result(publication.staging / STATS_NAME, stats)
         publication.appear()
     return {
         "out": job.out,

@@ -10,6 +10,7 @@ search began with, which are what `memedit edit` would take, are both judged on 
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from memedit.config import EditSettings, EvaluationSettings
 from memedit.errors import GateError, InputError, NumericalError
 from memedit.evaluate import measurable
 from memedit.manifest import code_versions
+from memedit.outcome import Evaluation
 from memedit.progress import Progress, Silent
 from memedit.requests import EditBatch, EditRequest
 from memedit.search import Proposal, Rank, Space, search, searchable, values_of
@@ -203,13 +205,7 @@ def _found(
 ) -> _Found:
     """Search with the first half; then, and only then, look at the second."""
     tuning = bench.half(halves[0], _while_searching(job))
-    for name in _deciding(job):
-        if tuning.before.metrics[name] is None:  # a corpus may be too small to hold text out
-            raise InputError(
-                f"{name} is measured on {METRIC[name].needs}, and there is none",
-                source=job.facts,
-                field="objective" if name == job.objective else "gate",
-            )
+    _check_measured(job, tuning.before)
     trials = list(_trials(job, start, space, tuning, bench.progress))
     chosen = _chosen(job, trials, tuning)
     heldout = bench.half(halves[1], job.evaluation_settings)
@@ -233,10 +229,31 @@ def _found(
     )
 
 
+def _check_measured(job: TuneJob, before: Evaluation) -> None:
+    """A corpus may have been too small to hold text out, or the base's figures not finite.
+
+    Raises:
+        InputError: A metric that decides says nothing of the base.
+    """
+    for name in _deciding(job):
+        value = before.metrics[name]
+        if value is not None and math.isfinite(value):
+            continue
+        raise InputError(
+            f"{name} is measured on {METRIC[name].needs}, and there is none"
+            if value is None
+            else f"{name} of the base is {value}",
+            source=job.facts,
+            field="objective" if name == job.objective else "gate",
+        )
+
+
 def _while_searching(job: TuneJob) -> EvaluationSettings:
     """What a trial is judged by: free text takes long, and is written only if it decides."""
-    settings = job.evaluation_settings
-    return settings if "fluency" in _deciding(job) else replace(settings, fluency_facts=0)
+    texts = {"fluency": "fluency_facts", "consistency": "consistency_facts"}
+    decides = _deciding(job)
+    left_out = {field: 0 for name, field in texts.items() if name not in decides}
+    return replace(job.evaluation_settings, **left_out)
 
 
 def _deciding(job: TuneJob) -> list[str]:
@@ -348,7 +365,7 @@ def _chosen(job: TuneJob, trials: Sequence[Trial], tuning: Half) -> Trial:
     if not well:
         raise NumericalError(
             f"none of {plural(len(trials), 'trial')} went well; the first: "
-            f"{trials[0].failed or 'it ruined the model'}"
+            f"{trials[0].failed}"
         )
     _, number = max(well)
     trial = trials[-number - 1]

@@ -161,6 +161,8 @@ class Half:
                 settings=self.evaluation,
                 progress=bench.progress,
             )
+            if useless := _useless(after.metrics, bench.job.objective):
+                raise NumericalError(useless)
             trial = replace(trial, evaluation=after)
         except (MemeditError, RuntimeError) as error:
             trial = replace(trial, failed=_reason(error, first=number == 1))
@@ -171,20 +173,18 @@ class Half:
     def rank(self, trial: Trial) -> Rank | None:
         """How good a trial is; None where it failed.
 
-        As long as gates are missed, by fewer of them and then by less. Else the objective decides,
-        then the facts that are really said, then drift. Values nearer to each other than a metric's
-        noise are equal. Where no fact is said, the nearest to it decides in place of drift, which
+        As long as gates are missed, by fewer of them and then by less: the sum of their shortfalls
+        |value - bound|, each in units of its metric's noise. Else the objective decides,
+        then the facts that are really said, then drift, each rounded to multiples of its metric's
+        noise, so that most of what chance moves ranks equal. Where no fact is said, the nearest to it decides in place of drift, which
         would choose the edit that does nothing.
         """
         found, job = trial.evaluation, self.bench.job
-        if found is None or found.metrics[job.objective] is None:
+        if found is None or _useless(found.metrics, job.objective):
             return None
-        if not all(math.isfinite(found.metrics[key] or 0) for key in (job.objective, "drift_kl")):
-            return None  # a ruined model
         missed = [gate for gate in job.gates if self.missed(gate, trial)]
         if missed:
-            short = (_in_noise(gate.metric, found.metrics) or 0 for gate in missed)
-            return (-len(missed), sum(short))
+            return (-len(missed), -sum(self._short(gate, found.metrics) for gate in missed))
         decide = [job.objective, "efficacy_exact"]
         if found.metrics["efficacy_exact"]:
             decide.append("drift_kl")
@@ -198,6 +198,21 @@ class Half:
         """Why a trial does not meet a gate; None if it does."""
         metrics: Mapping[str, float | None] = trial.evaluation.metrics if trial.evaluation else {}
         return gate.check(metrics, {"base": self.before.metrics})
+
+    def _short(self, gate: Gate, metrics: Mapping[str, float | None]) -> float:
+        """How far a gate is from being met, in units of noise; without end where nobody knows."""
+        value, bound = metrics[gate.metric], gate.bound({"base": self.before.metrics})
+        if value is None or bound is None or not math.isfinite(value):
+            return math.inf
+        return abs(value - bound) / METRIC[gate.metric].noise
+
+
+def _useless(metrics: Mapping[str, float | None], objective: str) -> str | None:
+    """Why a model cannot be ranked by what was measured of it; None if it can."""
+    if metrics[objective] is None:
+        return f"{objective} was not measured"
+    ruined = [key for key in (objective, "drift_kl") if not math.isfinite(metrics[key] or 0)]
+    return f"the edit ruined the model: {ruined[0]} is {metrics[ruined[0]]}" if ruined else None
 
 
 def _in_noise(key: str, metrics: Mapping[str, float | None]) -> float | None:
@@ -223,4 +238,6 @@ def _reason(error: Exception, *, first: bool) -> str:
     ):
         release_memory()
         return f"out of memory: {str(error).splitlines()[0]}"
+    if isinstance(error, torch.linalg.LinAlgError):  # a RuntimeError
+        return str(error).splitlines()[0]
     raise error

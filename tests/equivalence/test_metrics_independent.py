@@ -7,10 +7,9 @@ tiny one whose head leans towards some tokens, so that a fact can be said, half 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
-from statistics import harmonic_mean
+from statistics import fmean, harmonic_mean
 
 import numpy as np
 import pytest
@@ -23,7 +22,6 @@ from memedit.config import EvaluationSettings
 from memedit.consistency import inverse_document_frequency, tfidf_cosine
 from memedit.evaluate import (
     evaluation_of,
-    measure_side_effects,
     score_facts,
     summarise,
     with_side_effects,
@@ -35,6 +33,7 @@ from memedit.prompts import encode_completion
 from memedit.requests import EditRequest, Neighbour
 from memedit.scoring import Completion, score_completions
 from memedit.side_effects import ngram_entropy
+from tests.measured import measure_side_effects
 from tests.tiny import VOCAB, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -382,11 +381,17 @@ def test_intervals_are_those_of_numpys_bootstrap() -> None:
     assert middle == pytest.approx(float(kl.mean()))
 
 
-def test_a_fact_that_counts_twice_weighs_twice(model: PreTrainedModel) -> None:
-    """The mean over facts, not over prompts: a fact with one prompt weighs as one with many."""
-    few = [replace(FACTS[0], paraphrases=FACTS[0].paraphrases[:1]), FACTS[1]]
-    facts = score_facts(model, TOKENIZER, architecture_of(model.config), few)
-    counts = Counter(len(f.paraphrase) for f in facts)
-    assert counts == {1: 1, 2: 1}
-    shares = [sum(f.paraphrase) / len(f.paraphrase) for f in facts]
-    assert summarise(facts)["paraphrase"] == pytest.approx(50 * sum(shares))
+def test_a_fact_with_one_prompt_weighs_as_one_with_many(model: PreTrainedModel) -> None:
+    """The mean over facts, not over prompts, which here is another number."""
+    arch, first = architecture_of(model.config), FACTS[1]
+    (scored,) = score_facts(model, TOKENIZER, arch, [first])
+    assert len(scored.paraphrase) == 2
+    # The second fact asks for the other of two objects, with one of those prompts.
+    new, true = first.target_true, first.target_new
+    assert new is not None
+    second = replace(first, target_new=new, target_true=true, paraphrases=first.paraphrases[:1])
+    facts = score_facts(model, TOKENIZER, arch, [first, second])
+    shares = [fmean(fact.paraphrase) for fact in facts]
+    prompts = [prompt for fact in facts for prompt in fact.paraphrase]
+    assert fmean(shares) != fmean(prompts)
+    assert summarise(facts)["paraphrase"] == pytest.approx(100 * fmean(shares))

@@ -366,6 +366,19 @@ def test_texts_that_are_too_long_for_the_model(world: World, command: str, field
     check_nothing_written(world, before)
 
 
+def test_what_only_the_evaluation_asks_is_left_out_where_it_is_too_long(world: World) -> None:
+    shutil.rmtree(world.base)
+    save_tiny(world.base, "gpt2")
+    short = {"prompt": "Danielle Darrieux lives in", "target": "France"}
+    world.row(portability=[{"prompt": LONG, "target": "English"}, short], attributes=[LONG])
+    ran = world.look("evaluate")
+    assert ran.code == 0, ran.stderr
+    judged = [fact for fact in ran.result["per_fact"] if fact["portability"]]
+    assert [len(fact["portability"]) for fact in judged] == [1]
+    assert not any(fact["attribute"] for fact in ran.result["per_fact"])
+    assert world.look("plan").code == 0
+
+
 def test_a_subject_too_long_for_the_text_that_must_not_move(world: World) -> None:
     """Alone it fits with its target; "{} is a" does not."""
     shutil.rmtree(world.base)

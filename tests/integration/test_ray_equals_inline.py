@@ -261,7 +261,12 @@ def test_targets_keys_and_updates(
 def test_judgements(both: tuple[Executor, Executor], tmp_path: Path) -> None:
     """Side effects, too, of which each is spread over both workers, before and after an edit."""
     heldout = [window[:32] for window in windows()[:3]]
-    parts = side_effects.side_effect_parts(REQUESTS, heldout=heldout, settings=JUDGEMENT)
+    parts = side_effects.side_effect_parts(
+        REQUESTS,
+        heldout=heldout,
+        sample=side_effects.Sample.of(REQUESTS, JUDGEMENT),
+        settings=JUDGEMENT,
+    )
     counts = Counter(type(part).__name__ for part in parts)
     assert counts == {"Texts": 3, "Entropies": 2, "Likelihoods": 2, "Predictions": 3}
 

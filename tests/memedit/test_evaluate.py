@@ -18,7 +18,6 @@ from memedit.config import EvaluationSettings
 from memedit.evaluate import (
     evaluation_of,
     measurable,
-    measure_side_effects,
     says,
     score_facts,
     summarise,
@@ -35,6 +34,7 @@ from memedit.side_effects import (
     measure_drift,
     ngram_entropy,
 )
+from tests.measured import measure_side_effects
 from tests.tiny import tiny_model, tiny_tokenizer
 
 SMALL = EvaluationSettings(fluency_facts=2, fluency_tokens=8)

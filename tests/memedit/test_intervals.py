@@ -9,8 +9,9 @@ from statistics import harmonic_mean
 import pytest
 import torch
 
+from memedit import intervals
 from memedit.evaluate import summarise
-from memedit.intervals import changes_of, intervals_of
+from memedit.intervals import changes_of, intervals_of, resampled_means
 from memedit.outcome import FactResult
 
 
@@ -77,8 +78,32 @@ def test_facts_that_are_all_alike_leave_no_doubt() -> None:
 
 def test_what_was_not_measured_has_none() -> None:
     bare = replace(fact(True, neighbours=()), efficacy=None, paraphrase=(), paraphrase_exact=())
-    assert set(intervals_of([bare])) == {"efficacy_exact", "generation"}
+    assert set(intervals_of([bare, bare])) == {"efficacy_exact", "generation"}
     assert intervals_of([]) == {}
+
+
+def test_one_fact_says_nothing_of_others() -> None:
+    one, bare = fact(True), replace(fact(True, neighbours=()), paraphrase=(), paraphrase_exact=())
+    assert intervals_of([one]) == {}
+    assert set(intervals_of([one, bare])) == {"efficacy", "efficacy_exact", "generation"}
+    assert changes_of([one], [one]) == {}
+
+
+@pytest.mark.parametrize("at_once", [1, 50, 2**20])
+def test_counts_of_draws_give_the_means_of_what_is_drawn(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    values_FM = torch.rand(23, 4, generator=generator, dtype=torch.float64)
+    values_FM[values_FM < 0.3] = torch.nan
+    values_FM[:, 3] = torch.nan
+    values_FM[5, 3] = 0.5  # many draws have none
+    drawn_RF = torch.randint(23, (200, 23), generator=torch.Generator().manual_seed(7))
+    expected_RM = values_FM[drawn_RF].nanmean(1)
+    monkeypatch.setattr(intervals, "_AT_ONCE", at_once)
+    found_RM = resampled_means(values_FM, resamples=200, seed=7)
+    assert torch.equal(found_RM.isnan(), expected_RM.isnan()) and bool(found_RM.isnan().any())
+    torch.testing.assert_close(found_RM, expected_RM, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 def test_the_same_facts_give_the_same_and_another_seed_others() -> None:

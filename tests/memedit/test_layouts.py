@@ -161,10 +161,36 @@ RIPPLE_EDITS: dict[str, Any] = {
                     "answers": [{"value": "Irma", "aliases": []}],
                     "query_type": "regular",
                     "subject_id": "Q1",
+                    "relation": "MOTHER",
                 }
             ],
             "test_condition": "OR",
             "condition_queries": [],
+        },
+        {
+            "test_queries": [
+                {
+                    "prompt": "The names of the siblings of Leo of Pisa are",
+                    "answers": [],
+                    "query_type": "regular",
+                    "subject_id": "Q1",
+                    "relation": "SIBLING",
+                }
+            ],
+            "test_condition": "OR",
+            "condition_queries": [],
+        },
+    ],
+    "Subject_Aliasing": [
+        {
+            "test_queries": [
+                {
+                    "prompt": "The name of the country of citizenship of Fibonacci is",
+                    "answers": [],
+                    "subject_id": "Q1",
+                    "relation": "COUNTRY_OF_CITIZENSHIP",
+                }
+            ],
         }
     ],
     "Compositionality_I": [
@@ -193,6 +219,8 @@ def test_what_serves_the_evaluation_alone() -> None:
     assert request.relation == request.relation_id == "P131"
     assert read_row(NATIVE).relation == "{} is located in the city of"
     assert read_row({**NATIVE, "relation_id": 131}).relation == "131"
+    assert read_row({**NATIVE, "relation_id": 131.0}).relation == "131"
+    assert read_row({**NATIVE, "references": "A text."}).references == ("A text.",)
     follows = (Neighbour(prompt="Its country is", target="Italy"),)
     assert read_row(EASYEDIT_NESTED).portability == follows
     assert read_row(KNOWEDIT).portability == ()  # no answer, nothing to measure
@@ -202,6 +230,8 @@ def test_what_serves_the_evaluation_alone() -> None:
     assert read_row({**ZSRE, "portability": question}).portability == (
         Neighbour(prompt="Its use?", target="war"),
     )
+    nested = {**NATIVE, "portability": EASYEDIT_NESTED["portability"]}
+    assert read_row(nested).portability == follows
     # None of it makes another fact.
     assert request.digest == read_row(NATIVE).digest
 
@@ -251,14 +281,28 @@ def test_ripple_edits() -> None:
         Neighbour(prompt="The capital of Leo's country is", target="Damascus"),
     )
     assert request.relation == "COUNTRY_OF_CITIZENSHIP"
-    alone = {**RIPPLE_EDITS, "Relation_Specificity": []}
-    with pytest.raises(InputError, match="do not tell how it is called") as raised:
-        read_row(alone)
-    assert raised.value.field == "subject"
+    mother, sibling = RIPPLE_EDITS["Relation_Specificity"]
+    same = {"test_queries": [{**mother["test_queries"][0], "prompt": request.text}]}
+    again = {"test_queries": [{**sibling["test_queries"][0], "prompt": request.text}]}
+    for others in ([], [mother], [mother, mother], [same, again]):
+        alone = {**RIPPLE_EDITS, "Relation_Specificity": others}
+        with pytest.raises(InputError, match="do not tell how it is called") as raised:
+            read_row(alone)
+        assert raised.value.field == "subject"
     assert read_row({**alone, "subject": "Leo of Pisa"}).prompt == request.prompt
     with pytest.raises(InputError, match="no sentence") as raised:
         read_row({**RIPPLE_EDITS, "edit": {"prompt": "Leo, Syria"}})
     assert raised.value.field == "edit.prompt"
+
+
+@pytest.mark.parametrize(
+    ("row", "group", "name"),
+    [(COUNTERFACT, "requested_rewrite", "relation_id"), (RIPPLE_EDITS, "edit", "relation")],
+)
+def test_a_relation_may_stand_beside_the_edit(row: dict[str, Any], group: str, name: str) -> None:
+    without = {k: v for k, v in row[group].items() if k != name}
+    assert read_row({**row, group: without, "relation_id": "P9"}).relation == "P9"
+    assert read_row({**row, "relation_id": "P9"}).relation == row[group][name]
 
 
 def test_native() -> None:
@@ -347,8 +391,10 @@ def test_composed_and_decomposed_letters_give_equal_requests() -> None:
         ({"attributes": "x"}, "attributes", "expected a list"),
         ({"attributes": ["{} x"]}, "attributes[0]", "own subject"),
         ({"portability": [{"prompt": "x"}]}, "portability[0]", "expected an object"),
+        ({"portability": "x"}, "portability", "expected an object of groups"),
         ({"references": [3]}, "references[0]", "found a number"),
         ({"relation_id": ["P1"]}, "relation_id", "found a list"),
+        ({"relation_id": 1.5}, "relation_id", "found a number"),
         ({"neighbourhood": ["x"]}, "neighbourhood[0]", "expected an object"),
         ({"neighbourhood": [{"prompt": "x"}]}, "neighbourhood[0]", "expected an object"),
         (
@@ -391,6 +437,11 @@ def test_bad_native_rows_name_place_field_and_reason(
             "requested_rewrite.target_new.str",
             "whitespace",
         ),
+        (
+            {"requested_rewrite": {**COUNTERFACT["requested_rewrite"], "relation_id": []}},
+            "requested_rewrite.relation_id",
+            "found a list",
+        ),
         ({**ZSRE, "alt": " "}, "alt", "whitespace"),
         ({**ZSRE, "src": "What is made by it?"}, "src", "neither"),
         ({k: v for k, v in ZSRE.items() if k != "alt"}, "alt", "is missing"),
@@ -424,7 +475,7 @@ def test_every_layout_is_recognised_by_what_it_needs() -> None:
         assert layout_of({*layout.needs, layout.marks[0]}).read is layout.read
 
 
-@pytest.mark.parametrize("column", ["src", "alt", "concept", "note"])
+@pytest.mark.parametrize("column", ["src", "alt", "concept", "edit", "note"])
 def test_a_further_column_does_not_make_it_another_layout(column: str) -> None:
     row = {k: NATIVE[k] for k in ("id", "subject", "prompt", "target_new")}
     assert read_row({**row, column: "x"}) == read_row(row)

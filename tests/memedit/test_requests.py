@@ -13,6 +13,7 @@ from memedit.errors import InputError
 from memedit.requests import (
     EditBatch,
     EditRequest,
+    Neighbour,
     Provenance,
     as_template,
     clean_text,
@@ -179,3 +180,24 @@ class TestAsTemplate:
         assert template.count("{}") == 1
         if "{}" not in prompt:
             assert template.replace("{}", spelling, 1) == prompt
+
+
+def test_duplicates_are_asked_all_that_follows_from_them() -> None:
+    first = EditRequest(
+        case_id="1",
+        subject="Rome",
+        prompt="{} is in",
+        target_new="Spain",
+        portability=(Neighbour(prompt="Its king is", target="Felipe"),),
+    )
+    second = replace(
+        first,
+        case_id="2",
+        portability=(Neighbour(prompt="Its sea is", target="the Atlantic"), *first.portability),
+        references=("Madrid is in Spain.",),
+        relation_id="P17",
+    )
+    (merged,) = resolve([first, second]).requests
+    assert (merged.case_id, merged.digest) == ("1", first.digest)
+    assert merged.portability == (*first.portability, second.portability[0])
+    assert (merged.references, merged.relation_id) == (second.references, "P17")

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from memedit import stages
-from memedit.config import SolveSettings
+from memedit.config import EvaluationSettings, SolveSettings
 from memedit.executor import InlineExecutor
 from memedit.files import LocalFiles
 from memedit.model import ModelSpec
 from memedit.moments import SecondMoment, Spread
+from memedit.requests import EditRequest
+from memedit.side_effects import DriftReference
 from memedit.solve import METHODS, Method, MomentFactor
 from memedit.stages import SolvedLayer, solve_layers
 from memedit.targets import Target
@@ -124,3 +126,40 @@ def test_a_cpu_without_room_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(stages, "MomentFactor", factor)
     with pytest.raises(torch.OutOfMemoryError):
         _solved(save_tiny(tmp_path), torch.device("cpu"), Heard())
+
+
+def test_what_is_left_out_later_makes_no_other_sample(tmp_path: Path) -> None:
+    """Another model that is judged on fewer facts writes about the same ones as the first."""
+    facts = [
+        EditRequest(
+            case_id=str(i),
+            subject=subject,
+            prompt="{} is located in the city of",
+            target_new="Rome",
+            generation_prompts=(f"{subject} stands",),
+            references=(f"The {subject} stands in Rome.", "Rome is old."),
+        )
+        for i, subject in enumerate(("Big Ben", "Colosseum", "Louvre"))
+    ]
+    settings = EvaluationSettings(
+        fluency_facts=2, fluency_tokens=6, consistency_facts=2, consistency_tokens=6
+    )
+
+    def judged(some: list[EditRequest], reference: DriftReference | None) -> Any:
+        return stages.judge(
+            executor,
+            some,
+            heldout=[],
+            reference=reference,
+            settings=settings,
+            progress=Heard(),
+        )
+
+    with InlineExecutor(ModelSpec(files=LocalFiles(save_tiny(tmp_path)))) as executor:
+        first, reference = judged(facts, None)
+        second, _ = judged(facts[1:], reference)
+        alone, _ = judged(facts[1:], None)
+    assert [f.consistency is not None for f in first.facts] == [True, True, False]
+    assert second.facts == first.facts[1:]
+    assert second.metrics["fluency"] == first.metrics["fluency"] != alone.metrics["fluency"]
+    assert alone.facts[1].consistency is not None

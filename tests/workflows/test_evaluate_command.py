@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from statistics import fmean
 
@@ -95,6 +96,33 @@ def test_the_table_of_facts_is_what_the_metrics_are_made_of(base: Path, tmp_path
     assert first["metrics"]["efficacy_exact"] == pytest.approx(exact)
     low, high = first["intervals"]["efficacy_accuracy"]
     assert low <= first["metrics"]["efficacy_accuracy"] <= high
+
+
+def test_a_number_that_is_not_finite_is_null_in_the_file_too(
+    base: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    monkeypatch.setattr("memedit.side_effects.perplexity_of", lambda _: math.inf)
+    out = tmp_path / "out"
+    ran = memedit("evaluate", "--model", base, "--facts", facts, "--out", out, *FLAGS)
+    assert ran.result["metrics"]["perplexity"] is None
+    text = (out / "results.json").read_text()
+    assert json.loads(text, parse_constant=refuse) == ran.result
+
+
+def test_many_relations_are_gathered(base: Path, tmp_path: Path) -> None:
+    rows = [
+        {**RICH, "id": str(i), "prompt": f"The {{}} ({i}) is in", "relation_id": f"P{i // 2}"}
+        for i in range(28)
+    ]
+    facts = write_rows(tmp_path / "facts.jsonl", rows)
+    few = ("--set", "evaluation.fluency_facts=0", "--set", "evaluation.consistency_facts=0")
+    arguments = ("evaluate", "--model", base, "--facts", facts, *FLAGS, *few)
+    relations = memedit(*arguments).result["relations"]
+    assert [row["facts"] for row in relations] == [2] * 12 + [4]
+    assert (relations[-1]["relation"], relations[-1]["relations"]) == ("", 2)
 
 
 def test_a_place_that_holds_something_is_refused(base: Path, facts: Path) -> None:

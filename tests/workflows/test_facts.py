@@ -88,6 +88,15 @@ class TestFormats:
         table = read_facts(as_parquet(tmp_path / "f.parquet", [row]))
         assert to_row(table.requests[0]) == ROWS[0]
 
+    @pytest.mark.parametrize("column", ["references", "questions", "edit", "answers"])
+    def test_a_csv_with_a_column_that_is_a_list_elsewhere(
+        self, tmp_path: Path, column: str
+    ) -> None:
+        row = {"subject": "Rome", "prompt": "{} is in", "target_new": "France", column: "see there"}
+        (request,) = read_facts(as_csv(tmp_path / "f.csv", [row])).requests
+        assert request.target_new == "France"
+        assert request.references == (("see there",) if column == "references" else ())
+
     def test_a_csv_of_another_layout(self, tmp_path: Path) -> None:
         rewrite = {
             "prompt": "{} is in",

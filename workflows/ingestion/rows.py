@@ -19,7 +19,8 @@ from typing import Any
 import pyarrow as pa
 
 from memedit.errors import InputError
-from memedit.layouts import NATIVE, read_row, to_row
+from memedit.layout_readers import EVALUATION_ONLY
+from memedit.layouts import NATIVE, layout_of, read_row, to_row
 from memedit.requests import (
     EditRequest,
     Provenance,
@@ -156,7 +157,9 @@ class RowReader:
             return statement | self._named(fields, relation)
         fields = self._with_prompts(fields, relation)
         provenance = Provenance(source=row.place, row=row.row)
-        layout = NATIVE if self.columns or relation is not None else None
+        layout = NATIVE if self.columns or relation is not None else layout_of(fields)
+        # What serves the evaluation alone is not kept, so it cannot make a fact a bad one either.
+        fields = {name: value for name, value in fields.items() if name not in EVALUATION_ONLY}
         request = read_row(fields, provenance=provenance, layout=layout)
         return statement | statement_of(request, relation)
 

@@ -56,6 +56,18 @@ class TestFacts:
         assert found["asserted_at"] == datetime(2026, 11, 27, tzinfo=UTC)
         assert (found["place"], found["row"]) == ("f.jsonl", 7)
 
+    @pytest.mark.parametrize(
+        "beside",
+        [
+            {"references": "https://example.org", "relation_id": 17.5},
+            {"attributes": {"colour": "red"}, "generation_prompts": 3},
+            {"portability": "x", "paraphrases": []},
+            {"edit": "2026-11-01", "questions": "none"},
+        ],
+    )
+    def test_what_is_not_kept_cannot_make_it_a_bad_one(self, beside: dict[str, Any]) -> None:
+        assert read(FACT | beside) == read(FACT)
+
     def test_one_of_a_file_that_was_written_anew(self) -> None:
         batch, _ = RowReader().read([SourceRow(raw=FACT, place="f", row=1, rewritten=True)])
         assert batch.to_pylist()[0]["rewritten"]
