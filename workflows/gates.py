@@ -69,6 +69,19 @@ class Gate:
     def _changes(self) -> bool:
         return (self.change, self.value) != ("+", 0.0)
 
+    def bound(self, models: Mapping[str, Mapping[str, float | None]] | None = None) -> float | None:
+        """What the metric is compared with; None where the model to compare with has no such value.
+
+        Args:
+            models: See `check`.
+        """
+        if self.model is None:
+            return self.value
+        other = (models or {}).get(self.model, {}).get(self.name)
+        if other is None or not math.isfinite(other):
+            return None
+        return _CHANGE[self.change](other, self.value)
+
     def check(
         self,
         metrics: Mapping[str, float | None],
@@ -84,14 +97,11 @@ class Gate:
         found = metrics.get(self.name)
         if found is None or not math.isfinite(found):
             return f"gate {self}: {self.name} was not measured"
-        bound = self.value
-        if self.model is not None:
-            if self.model not in (models or {}):
-                return None
-            other = (models or {})[self.model].get(self.name)
-            if other is None or not math.isfinite(other):
-                return f"gate {self}: {self.name} of {self.model} was not measured"
-            bound = _CHANGE[self.change](other, self.value)
+        if self.model is not None and self.model not in (models or {}):
+            return None
+        bound = self.bound(models)
+        if bound is None:
+            return f"gate {self}: {self.name} of {self.model} was not measured"
         if _COMPARE[self.op](found, bound):
             return None
         than = "" if self.model is None else f", and must be {self.op}{bound:.4g}"

@@ -11,6 +11,7 @@ import pytest
 from memedit.config import EditSettings, EvaluationSettings
 from memedit.outcome import METRIC_KEYS, Evaluation, FactResult
 from memedit.search import Rank
+from workflows.findings import METRIC
 from workflows.tuning_settings import TuneJob
 from workflows.tuning_trial import Half, Trial
 
@@ -83,6 +84,18 @@ def test_gates_come_first_and_are_neared_step_by_step() -> None:
     assert better(both, trial(score=99, perplexity=14), **gates)
     # By less than any noise, so that a search goes on.
     assert better(trial(perplexity=14, drift_kl=0.099), trial(perplexity=14, score=99), **gates)
+
+
+def test_a_miss_is_as_large_as_what_is_short_of_the_bound() -> None:
+    """Metrics of other sizes and directions: each counts from its bound, in its own noise."""
+    gates = {"gate": ("efficacy_exact>=95", "perplexity<=base*1.1")}
+    near = trial(efficacy_exact=94, perplexity=12)
+    assert rank(near, **gates) == (-2, pytest.approx(-(1 / 0.5 + 1 / METRIC["perplexity"].noise)))
+    assert better(near, trial(efficacy_exact=60, perplexity=11.5), **gates)
+    assert better(near, trial(efficacy_exact=94, perplexity=14), **gates)
+    assert better(near, trial(efficacy_exact=94.5, perplexity=math.inf), **gates)
+    assert rank(trial(perplexity=math.inf), gate=("perplexity<=9",)) == (-1, -math.inf)
+    assert rank(trial(), gate=("fluency>=5",)) == (-1, -math.inf)  # not measured
 
 
 def test_what_failed_or_was_not_measured_has_no_rank() -> None:
