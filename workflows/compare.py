@@ -22,7 +22,7 @@ from memedit.errors import InputError, MemeditError, NumericalError
 from memedit.executor import Executor
 from memedit.manifest import code_versions
 from memedit.outcome import Evaluation, RepairRound
-from memedit.progress import Progress
+from memedit.progress import Progress, Silent
 from memedit.requests import EditRequest
 from memedit.side_effects import DriftReference
 from memedit.stages import judge
@@ -101,11 +101,11 @@ def run_compare(job: CompareJob, progress: Progress) -> Mapping[str, Any]:
         base = open_base(job, timed)
         layers: set[int] = set()
         for method in job.method_names:  # what is wrong with one is said before the others begin
-            layers |= set(settings_of(job_of(job, method), base, 1, timed).layers)
+            layers |= set(settings_of(job_of(job, method), base, 1, Silent()).layers)
         base.checkpoint.check_editable(
             base.arch.checkpoint_key(layer, base.checkpoint.names) for layer in layers
         )
-        contexts = contexts_of(settings_of(job, base, 1, timed), base, None)
+        contexts = contexts_of(settings_of(job, base, 1, Silent()), base, None)
         table, _ = encode_facts(table, base, contexts, on_bad_row=job.on_bad_row)
         _need(table, job)
         base.checkpoint.check_finite()
@@ -211,7 +211,7 @@ class _Comparison:
                     yield replace(row, failed=str(error))
 
     def _source(self, method: Any, count: int) -> TokenSource:
-        settings = settings_of(job_of(self.job, method), self.base, count, self.progress)
+        settings = settings_of(job_of(self.job, method), self.base, count, Silent())
         return TokenSource(
             corpus=corpus_of(self.job),
             base=self.base,
@@ -224,7 +224,7 @@ class _Comparison:
     def _editing(self, job: CompareJob, requests: Sequence[EditRequest]) -> Iterator[Editing]:
         """A method that is ready to begin; the workers hold the base again afterwards."""
         base, executor, progress = self.base, self.executor, self.progress
-        settings = settings_of(job, base, len(requests), progress)
+        settings = settings_of(job, base, len(requests), Silent())
         source = self._source(job.method, len(requests))
         try:
             yield editing_for(
