@@ -31,7 +31,7 @@ from memedit.tracing import KINDS, TraceRequest, noise_of, trace_facts, window_a
 from tests.plain_tracing import plain_probability
 from workflows.facts import read_facts
 from workflows.session import open_base, sift
-from workflows.settings import TraceJob
+from workflows.study_settings import TraceJob
 from workflows.trace import choose, encode_question
 
 

@@ -104,6 +104,16 @@ ALPHAEDIT_LAM = 10.0
 """The weight of the identity in AlphaEdit's code (its `L2`)."""
 
 
+_BEYOND_MEMIT: dict[MethodName, str] = {
+    "memedit": "protected keys and repair were measured on SmolLM2 only",
+    "emmet": "not measured for emmet",
+    "alphaedit": f"λ {ALPHAEDIT_LAM:g} of AlphaEdit's code",
+    "rome": "not measured for rome, which takes the last of the layers",
+    "ft": "ft takes the last of the layers, and the reference's steps and learning rate",
+}
+"""What to say of another method's settings, which are MEMIT's where it has the same."""
+
+
 def defaults_for(
     config: PretrainedConfig, n_facts: int, *, method: MethodName = "memit"
 ) -> Defaults:
@@ -125,7 +135,10 @@ def defaults_for(
         settings = replace(settings, layers=settings.layers[-1:])
     if method == "alphaedit":
         settings = replace(settings, solve=replace(settings.solve, lam=ALPHAEDIT_LAM))
-    return replace(found, settings=settings)
+    source = found.source
+    if method != "memit" and not (method == "memedit" and _key(config) == _SMOLLM2):
+        source = f"{source}, for memit; {_BEYOND_MEMIT[method]}"
+    return replace(found, settings=settings, source=source)
 
 
 def _key(config: PretrainedConfig) -> tuple[str, int, int]:

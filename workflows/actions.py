@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from workflows import (
     render_settings,
     settings,
+    study_settings,
     submit_settings,
     tuning_settings,
     version_settings,
@@ -68,7 +69,7 @@ ACTIONS: dict[str, Action] = {
         ),
     ),
     "compare": Action(
-        job=settings.CompareJob,
+        job=study_settings.CompareJob,
         run="workflows.compare:run_compare",
         show="show_comparison",
         summary="Editing methods side by side, on the same facts with the same evaluation.",
@@ -88,7 +89,7 @@ ACTIONS: dict[str, Action] = {
         ),
     ),
     "trace": Action(
-        job=settings.TraceJob,
+        job=study_settings.TraceJob,
         run="workflows.trace:run_trace",
         show="show_trace",
         summary="Causal tracing: where the model keeps its facts, and which layers to edit.",

@@ -41,7 +41,8 @@ from workflows.session import (
     open_workers,
     settings_of,
 )
-from workflows.settings import CompareJob, new_run_id
+from workflows.settings import new_run_id
+from workflows.study_settings import CompareJob
 
 BASE = "base"
 RESULTS_NAME = "results.json"

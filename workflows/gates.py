@@ -69,9 +69,7 @@ class Gate:
     def _changes(self) -> bool:
         return (self.change, self.value) != ("+", 0.0)
 
-    def bound(
-        self, models: Mapping[str, Mapping[str, float | None]] | None = None
-    ) -> float | None:
+    def bound(self, models: Mapping[str, Mapping[str, float | None]] | None = None) -> float | None:
         """What the metric is compared with; None where the model to compare with has no such value.
 
         Args:

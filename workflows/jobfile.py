@@ -29,7 +29,6 @@ from workflows.ingestion.settings import (
     IngestJob,
 )
 from workflows.settings import (
-    CompareJob,
     DoctorJob,
     EditJob,
     EvaluateJob,
@@ -38,8 +37,8 @@ from workflows.settings import (
     PlanJob,
     PublishJob,
     StatsJob,
-    TraceJob,
 )
+from workflows.study_settings import CompareJob, TraceJob
 from workflows.submit_settings import LogsJob, StatusJob, StopJob
 from workflows.tuning_settings import TuneJob
 from workflows.version_settings import (

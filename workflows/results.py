@@ -166,7 +166,7 @@ def show_tuning(result: Mapping[str, Any], stream: TextIO) -> None:
         ", ".join(f"{SETTING_NAMES[name]} {setting_text(value)}" for name, value in chosen),
         result["verdict"]["text"],
         *(f"on the held-out half, {missed}" for missed in result["verdict"]["gates_missed"]),
-        f"memedit edit --config {result['settings_file']} --facts FACTS --out OUT",
+        result["command"],
     ]
     _print(stream, lines)
 

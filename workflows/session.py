@@ -18,7 +18,7 @@ from cluster.executors import open_executor
 from memedit.architecture import Architecture, architecture_of
 from memedit.checkpoint import Checkpoint
 from memedit.config import ONE_LAYER, EditSettings
-from memedit.defaults import defaults_for
+from memedit.defaults import Defaults, defaults_for
 from memedit.errors import InputError
 from memedit.executor import Executor
 from memedit.files import Files
@@ -139,14 +139,13 @@ def open_base(job: ModelJob, progress: Progress) -> Base:
 
 def settings_of(job: WorkJob, base: Base, n_facts: int, progress: Progress) -> EditSettings:
     """The family's defaults under what the job sets, checked against the model."""
-    method = job.method if isinstance(job, MethodJob) else "memit"
-    defaults = defaults_for(base.config, n_facts, method=method)
+    defaults = _defaults_of(job, base, n_facts)
     settings = job.settings(defaults.settings)
     if settings.method in ONE_LAYER and len(settings.layers) != 1:
         raise InputError(f"{settings.method} edits one layer", field="layers")
     if settings.method == "ft" and job.dtype != "float32":
         raise InputError("fine-tuning computes in float32, where small steps add up", field="dtype")
-    if doubt := doubt_of(job, defaults, base.identity, base.name):
+    if doubt := doubt_of(job, defaults, base.identity, base.name, n_facts):
         progress.message(doubt)
     batch = settings.targets.tokens_per_batch
     batch = batch or default_tokens_per_batch(torch.device(base.device))
@@ -159,7 +158,13 @@ def settings_of(job: WorkJob, base: Base, n_facts: int, progress: Progress) -> E
 
 def settings_origin(job: WorkJob, base: Base, n_facts: int) -> str:
     """Where the settings come from, for the record: published, tuned here, or guessed."""
-    return origin_of(job, defaults_for(base.config, n_facts), base.identity)
+    return origin_of(job, _defaults_of(job, base, n_facts), base.identity)
+
+
+def _defaults_of(job: WorkJob, base: Base, n_facts: int) -> Defaults:
+    """The settings of the model and the job's method."""
+    method = job.method if isinstance(job, MethodJob) else "memit"
+    return defaults_for(base.config, n_facts, method=method)
 
 
 def open_workers(job: SpreadJob, spec: ModelSpec, progress: Progress) -> Executor:

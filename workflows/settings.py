@@ -13,14 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal
 
 from cluster.storage import StorageSettings
-from memedit.config import EditSettings, EvaluationSettings, MethodName, TraceSettings
+from memedit.config import EditSettings, EvaluationSettings, MethodName
 from memedit.errors import InputError
 from workflows.fields import LARGEST_SEED, SECTIONS, option, section
 from workflows.gates import Gate, parse_gate
-from workflows.wording import did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,107 +367,6 @@ def check_gates_of_one_edit(gates: Sequence[Gate]) -> None:
                 f"{gate}: groups of facts and the version before are known to `memedit ingest`",
                 field="gate",
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareJob(FactsJob, StoringJob):
-    """`memedit compare`: methods side by side."""
-
-    method: MethodName = option("memit", "Not used; see `methods`.", flag=False)
-    methods: str = option(
-        "memit,memedit",
-        "The methods to compare, with commas: memit, memedit, emmet, alphaedit, rome, ft. The"
-        " unedited base is always among them.",
-        group="Method",
-        metavar="NAMES",
-    )
-    edits: str = option(
-        "1,10,100",
-        "Numbers of facts, with commas; a smaller one is part of each larger one.",
-        group="Method",
-        metavar="COUNTS",
-    )
-    out: str = option(
-        None,
-        "Folder or s3:// prefix for the table, the judgements and the report; new or empty.",
-        group="Output",
-        metavar="PLACE",
-        required=True,
-        location="path",
-    )
-
-    @property
-    def method_names(self) -> tuple[MethodName, ...]:
-        """The methods, each once.
-
-        Raises:
-            InputError: There is no such method.
-        """
-        known = get_args(MethodName)
-        names = dict.fromkeys(name.strip() for name in self.methods.split(","))
-        names.pop("base", None)
-        for name in names:
-            if name not in known:
-                raise InputError(f"no method {name!r}{did_you_mean(name, known)}", field="methods")
-        return cast(tuple[MethodName, ...], tuple(names))
-
-    @property
-    def edit_counts(self) -> tuple[int, ...]:
-        """The numbers of facts, ascending.
-
-        Raises:
-            InputError: One is no number above zero.
-        """
-        try:
-            counts = {int(text) for text in self.edits.split(",")}
-        except ValueError:
-            counts = {0}
-        if min(counts) < 1:
-            raise InputError(f"not numbers of facts: {self.edits!r}; write 1,10,100", field="edits")
-        return tuple(sorted(counts))
-
-    def check(self) -> None:
-        """See `Job`."""
-        _ = self.method_names, self.edit_counts
-
-
-@dataclass(frozen=True, kw_only=True)
-class TraceJob(SpreadJob, StoringJob):
-    """`memedit trace`: which states of the model bring back its facts."""
-
-    facts: str = option(
-        None,
-        "The fact table: JSON lines, JSON, Parquet or CSV; a path or s3:// object.",
-        group="Input",
-        metavar="FILE",
-        required=True,
-        location="path",
-    )
-    on_bad_row: Literal["fail", "skip"] = option(
-        "fail", "A row that is wrong: stop, or leave it out.", group="Input"
-    )
-    limit: int = option(
-        100,
-        "Trace so many facts at most, the first in canonical order that the model knows.",
-        group="Method",
-        metavar="N",
-        at_least=1,
-    )
-    out: str = option(
-        None,
-        "Folder or s3:// prefix for the effects, their means and the page; new or empty.",
-        group="Output",
-        metavar="PLACE",
-        required=True,
-        location="path",
-    )
-    trace: Mapping[str, Any] = section("trace")
-
-    @property
-    def trace_settings(self) -> TraceSettings:
-        """How facts are traced."""
-        seed = {} if self.seed is None else {"seed": self.seed}
-        return TraceSettings(**{**seed, **self.trace})
 
 
 @dataclass(frozen=True, kw_only=True)

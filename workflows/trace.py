@@ -34,7 +34,8 @@ from memedit.writing import whole_file
 from workflows.facts import read_facts
 from workflows.progress import Timed
 from workflows.session import Base, open_base, open_workers, sift
-from workflows.settings import TraceJob, new_run_id
+from workflows.settings import new_run_id
+from workflows.study_settings import TraceJob
 
 RESULTS_NAME = "results.json"
 """The last by name, so written last: a place that has it is finished."""

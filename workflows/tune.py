@@ -34,7 +34,7 @@ from memedit.writing import whole_file
 from workflows.facts import FactTable, read_facts
 from workflows.findings import METRIC, SETTING_NAMES, plural, setting_text
 from workflows.moments import STATS_NAME, TokenSource, corpus_of, load_stats
-from workflows.origin import TunedRecord
+from workflows.origin import TunedRecord, digest_of_tuned, located
 from workflows.progress import Timed
 from workflows.review import check_measurable
 from workflows.session import (
@@ -74,6 +74,8 @@ def run_tune(job: TuneJob, progress: Progress) -> Mapping[str, Any]:
         contexts = contexts_of(start, base, None)
         table, _ = encode_facts(table, base, contexts, on_bad_row=job.on_bad_row)
         halves = _halves(table, job)
+        # λ of so many as can be encoded.
+        start = settings_of(job, base, len(halves[0]), Silent())
         base.checkpoint.check_editable(
             base.arch.checkpoint_key(layer, base.checkpoint.names) for layer in start.layers
         )
@@ -95,6 +97,7 @@ def run_tune(job: TuneJob, progress: Progress) -> Mapping[str, Any]:
             if start.contexts.kind == "sampled":  # not known before the model runs
                 table, _ = encode_facts(table, base, contexts, on_bad_row=job.on_bad_row)
                 halves = _halves(table, job)
+                start = settings_of(job, base, len(halves[0]), Silent())
             timed.finish("load")
             bench = Bench(
                 job=job,
@@ -110,7 +113,7 @@ def run_tune(job: TuneJob, progress: Progress) -> Mapping[str, Any]:
                 f"search begins with {settings_origin(job, base, len(halves[0]))}",
                 warning=False,
             )
-            found = _found(job, bench, start, space, halves)
+            found = _found(job, bench, start, space, halves, table)
         result = {
             "run_id": run_id,
             "out": publication.location,
@@ -120,9 +123,9 @@ def run_tune(job: TuneJob, progress: Progress) -> Mapping[str, Any]:
             "facts": {
                 "file": job.facts,
                 "read": table.read,
-                "accepted": len(table.requests),
-                "tuning": len(halves[0]),
-                "heldout": len(halves[1]),
+                "accepted": len(found.tuning.requests) + len(found.heldout.requests),
+                "tuning": len(found.tuning.requests),
+                "heldout": len(found.heldout.requests),
             },
             "method": start.method,
             "objective": job.objective,
@@ -139,9 +142,11 @@ def run_tune(job: TuneJob, progress: Progress) -> Mapping[str, Any]:
             model=base.name,
             model_digest=base.checkpoint.digest,
             facts=job.facts,
-            facts_digest=EditBatch.of(halves[0]).digest,
-            facts_at_once=len(halves[0]),
-            corpus=source.corpus.spec,
+            facts_digest=EditBatch.of(found.tuning.requests).digest,
+            facts_at_once=len(found.tuning.requests),
+            settings_digest=digest_of_tuned(found.chosen.settings),
+            corpus=located(source.corpus.spec),
+            stats=located(job.stats) if job.stats else None,
             objective=job.objective,
             trials=len(found.trials),
             when=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -149,6 +154,7 @@ def run_tune(job: TuneJob, progress: Progress) -> Mapping[str, Any]:
             memedit=__version__,
         )
         result["tuned"] = asdict(record)
+        result["command"] = record.command(result["settings_file"])
         text = settings_text(
             job, found.chosen.settings, record, contexts=contexts, verdict=found.verdict["text"]
         )
@@ -202,14 +208,22 @@ def _found(
     start: EditSettings,
     space: Space,
     halves: tuple[Sequence[EditRequest], Sequence[EditRequest]],
+    table: FactTable,
 ) -> _Found:
     """Search with the first half; then, and only then, look at the second."""
     tuning = bench.half(halves[0], _while_searching(job))
     _check_measured(job, tuning.before)
-    trials = list(_trials(job, start, space, tuning, bench.progress))
+    tuning, first = tuning.begun(start, 1)
+    for case_id, reason in first.quarantined.items():
+        table = table.reject(case_id, reason)
+    if first.quarantined:
+        table.require_no_rejects()
+    _check_measured(job, tuning.before)
+    trials = list(_trials(job, first, space, tuning, bench.progress))
     chosen = _chosen(job, trials, tuning)
     heldout = bench.half(halves[1], job.evaluation_settings)
-    at_first = at_last = heldout.tried(Proposal(settings=start, moved=""), 0)
+    heldout, at_first = heldout.begun(start, 0)
+    at_last = at_first
     if chosen.settings != start:
         at_last = heldout.tried(Proposal(settings=chosen.settings, moved=""), chosen.number)
     return _Found(
@@ -313,17 +327,17 @@ def _space(job: TuneJob, base: Base, start: EditSettings, artifacts: Artifacts) 
 
 
 def _trials(
-    job: TuneJob, start: EditSettings, space: Space, tuning: Half, progress: Progress
+    job: TuneJob, first: Trial, space: Space, tuning: Half, progress: Progress
 ) -> Iterator[Trial]:
-    """Trials, until there is nothing left to try, or no time."""
-    began = time.monotonic()
-    proposals = search(start, space)
+    """The first trial and those that follow, until there is nothing left to try, or no time."""
+    began = time.monotonic() - first.seconds
+    proposals = search(first.settings, space)
     proposal: Proposal | None = next(proposals)
     best: Rank | None = None
     number = 0
     while proposal is not None:
         number += 1
-        trial = tuning.tried(proposal, number)
+        trial = first if number == 1 else tuning.tried(proposal, number)
         rank = tuning.rank(trial)
         leads = rank is not None and (best is None or rank > best)
         best = rank if leads else best
@@ -364,8 +378,7 @@ def _chosen(job: TuneJob, trials: Sequence[Trial], tuning: Half) -> Trial:
     well = [(rank, -number) for number, rank in ranks.items() if rank is not None]
     if not well:
         raise NumericalError(
-            f"none of {plural(len(trials), 'trial')} went well; the first: "
-            f"{trials[0].failed}"
+            f"none of {plural(len(trials), 'trial')} went well; the first: {trials[0].failed}"
         )
     _, number = max(well)
     trial = trials[-number - 1]

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from memedit.config import EditSettings
 from workflows.jobfile import RESERVED
-from workflows.origin import TunedRecord
+from workflows.origin import TunedRecord, located
 from workflows.settings import ModelJob
 
 SETTINGS_NAME = "settings.yaml"
@@ -43,7 +42,7 @@ def settings_text(
         f"Settings of `{settings.method}` for {record.model}, found by `memedit tune`.",
         verdict,
         f"λ suits about {record.facts_at_once} facts at once; the more facts, the larger λ.",
-        "memedit edit --config settings.yaml --facts FACTS --out OUT",
+        record.command(SETTINGS_NAME),
     )
     comments = "".join(f"# {' '.join(line.split())}\n" for line in head)
     body = yaml.safe_dump(
@@ -65,7 +64,7 @@ def _fields(
     values["targets"]["tokens_per_batch"] = None  # what suits the device
     sections = {name: _plain(fields) for name, fields in values.items()}
     return {
-        "model": _located(job.model),
+        "model": job.model if job.model in RESERVED else located(job.model),
         "dtype": job.dtype,
         **({"architecture": dict(job.architecture)} if job.architecture else {}),
         "method": method,
@@ -79,9 +78,3 @@ def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
     """As YAML has them; what is None is left to be found out."""
     found = {name: value for name, value in fields.items() if value is not None}
     return {n: list(v) if isinstance(v, tuple) else v for n, v in found.items()}
-
-
-def _located(model: str) -> str:
-    """The model's name, or its path wherever the file is read from."""
-    path = Path(model).expanduser()
-    return str(path.resolve()) if model not in RESERVED and path.exists() else model

@@ -30,7 +30,8 @@ class TuneJob(FactsJob, StoringJob):
     )
     objective: str = option(
         "score",
-        "The metric to search for; between settings that do not differ in it, drift decides.",
+        "The metric to search for; between settings that do not differ in it, exact efficacy"
+        " decides, then drift.",
         group="Method",
         metavar="METRIC",
     )

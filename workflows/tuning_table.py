@@ -22,6 +22,7 @@ _SCHEMA = pa.schema(
         ("half", pa.string()),
         ("trial", pa.int64()),
         ("moved", pa.string()),
+        ("settings", pa.string()),
         ("chosen", pa.bool_()),
         ("layers", pa.list_(pa.int64())),
         ("lam", pa.float64()),
@@ -42,6 +43,8 @@ _SCHEMA = pa.schema(
 def write_trials(result: Mapping[str, Any], path: Path) -> None:
     """Write the trials on the first half, then what was judged on the second (`half` says which).
 
+    `settings` says whose settings a row has: those that were tried, those of the start, or those
+    that were chosen; where the start was chosen, it was judged once and has both rows.
     A column of `_low` and `_high` is a 95% interval; settings that the method lacks are null.
     """
     with whole_file(path) as partial:
@@ -49,12 +52,16 @@ def write_trials(result: Mapping[str, Any], path: Path) -> None:
 
 
 def _rows(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    halves = [("tuning", trial) for trial in result["trials"]]
-    halves += [("heldout", trial) for trial in result["heldout"].values()]
-    for half, trial in halves:
+    judged = [
+        ("tuning", "tried", trial["trial"] == result["trial"], trial) for trial in result["trials"]
+    ]
+    judged += [
+        ("heldout", whose, whose == "chosen", trial) for whose, trial in result["heldout"].items()
+    ]
+    for half, whose, chosen, trial in judged:
         row = {name: trial[name] for name in ("trial", "moved", "seconds", "failed")}
         row |= {name: trial[name] for name in ("z_found", "z_reused")}
         row |= trial["settings"] | (trial["metrics"] or {})
         for name, (low, high) in trial["intervals"].items():
             row |= {f"{name}_low": low, f"{name}_high": high}
-        yield {"half": half, "chosen": trial["trial"] == result["trial"], **row}
+        yield {"half": half, "settings": whose, "chosen": chosen, **row}

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from cluster.artifacts import Artifacts
 from memedit.config import EditSettings, EvaluationSettings
 from memedit.errors import InputError, MemeditError, NumericalError
+from memedit.evaluate import leave_out
 from memedit.executor import Executor
 from memedit.memory import is_out_of_memory, release_memory
 from memedit.outcome import Evaluation
@@ -53,6 +54,8 @@ class Trial:
     z_reused: int = 0
     failed: str | None = None
     """Why there is no evaluation."""
+    quarantined: Mapping[str, str] = field(default_factory=dict)
+    """The facts for which no z was found, each with the reason; then the trial failed."""
 
     def summary(self) -> dict[str, Any]:
         """Without the judgements of single facts."""
@@ -150,8 +153,11 @@ class Half:
             trial = replace(trial, z_reused=reused, z_found=len(digests) - reused)
             targets, quarantined = editing.targets(encoded)
             if quarantined:
-                why = next(iter(quarantined.values()))
-                raise NumericalError(f"{plural(len(quarantined), 'fact')} left out: {why}")
+                trial = replace(trial, quarantined=quarantined)
+                case_id, why = next(iter(quarantined.items()))
+                raise NumericalError(
+                    f"{plural(len(quarantined), 'fact')} left out: {why} ({case_id})"
+                )
             editing.install(editing.solve(encoded, targets))
             after, _ = judge(
                 bench.executor,
@@ -170,14 +176,49 @@ class Half:
             bench.executor.broadcast("load", bench.base.spec())
         return replace(trial, seconds=time.perf_counter() - began)
 
+    def begun(self, start: EditSettings, number: int) -> tuple[Half, Trial]:
+        """The first trial; with `on_bad_row: skip` on the half without facts that have no z then.
+
+        Raises:
+            InputError: The settings cannot be used at all, or no fact has a z.
+        """
+        proposal = Proposal(settings=start, moved="")
+        trial = self.tried(proposal, number)
+        if not trial.quarantined or self.bench.job.on_bad_row == "fail":
+            return self, trial
+        rest = self.without(trial.quarantined)
+        self.bench.progress.message(trial.failed or "")
+        again = rest.tried(proposal, number)
+        return rest, replace(
+            again,
+            seconds=trial.seconds + again.seconds,
+            z_found=trial.z_found,
+            z_reused=trial.z_reused,
+        )
+
+    def without(self, case_ids: Collection[str]) -> Half:
+        """The half without some of its facts.
+
+        Raises:
+            InputError: None is left.
+        """
+        left = tuple(each for each in self.requests if each.case_id not in case_ids)
+        if not left:
+            raise InputError(
+                "no z vector was found for any fact of a half",
+                source=self.bench.job.facts,
+                field="facts",
+            )
+        return replace(self, requests=left, before=leave_out(self.before, case_ids))
+
     def rank(self, trial: Trial) -> Rank | None:
         """How good a trial is; None where it failed.
 
         As long as gates are missed, by fewer of them and then by less: the sum of their shortfalls
-        |value - bound|, each in units of its metric's noise. Else the objective decides,
-        then the facts that are really said, then drift, each rounded to multiples of its metric's
-        noise, so that most of what chance moves ranks equal. Where no fact is said, the nearest to it decides in place of drift, which
-        would choose the edit that does nothing.
+        |value - bound|, each in units of its metric's noise. Else the objective decides, then the
+        facts that are really said, then drift, each rounded to multiples of its metric's noise, so
+        that most of what chance moves ranks equal. Where no fact is said, the nearest to it decides
+        in place of drift, which would choose the edit that does nothing.
         """
         found, job = trial.evaluation, self.bench.job
         if found is None or _useless(found.metrics, job.objective):
@@ -238,6 +279,6 @@ def _reason(error: Exception, *, first: bool) -> str:
     ):
         release_memory()
         return f"out of memory: {str(error).splitlines()[0]}"
-    if isinstance(error, torch.linalg.LinAlgError):  # a RuntimeError
+    if isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
         return str(error).splitlines()[0]
     raise error

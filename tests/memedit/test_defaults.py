@@ -63,6 +63,22 @@ def test_published_settings(name: str) -> None:
     assert defaults_for(config, 10_000).settings == settings
 
 
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ("memedit", "for memit; protected keys and repair were measured on SmolLM2 only"),
+        ("alphaedit", "for memit; λ 10 of AlphaEdit's code"),
+        ("rome", "not measured for rome"),
+    ],
+)
+def test_what_is_published_for_memit_is_not_claimed_for_others(method: Any, says: str) -> None:
+    config, _ = PUBLISHED["GPT-J 6B"]
+    assert "for memit" not in defaults_for(config, 100).told
+    assert says in defaults_for(config, 100, method=method).told
+    smollm2 = defaults_for(config_of("llama", **SMOLLM2), 100, method=method).told
+    assert (says in smollm2) is (method != "memedit")
+
+
 def test_smollm2_is_known_and_its_lambda_grows_with_the_facts() -> None:
     config = config_of("llama", **SMOLLM2)
     counts = (1, 5, 10, 30, 100, 300, 1000, 5000)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from memedit.config import EditSettings
+from memedit.config import EditSettings, SolveSettings
 from memedit.defaults import Defaults
 from memedit.errors import InputError
-from workflows.origin import doubt_of, origin_of, record_of
+from workflows.origin import TunedRecord, digest_of_tuned, doubt_of, origin_of, record_of
 from workflows.settings import EditJob, StatsJob
 
 HERE, ELSEWHERE = "1" * 64, "2" * 64
@@ -19,7 +20,11 @@ RECORD: dict[str, Any] = {
     "facts": "facts.jsonl",
     "facts_digest": "3" * 64,
     "facts_at_once": 30,
+    "settings_digest": digest_of_tuned(
+        EditSettings(method="memedit", layers=(1,), solve=SolveSettings(lam=3))
+    ),
     "corpus": "self",
+    "stats": None,
     "objective": "score",
     "trials": 12,
     "when": "2026-11-29 12:00 UTC",
@@ -38,8 +43,8 @@ def job(**fields: Any) -> EditJob:
     return EditJob(facts="f", out="o", **fields)
 
 
-def doubt(job: Any, found: Defaults) -> str | None:
-    return doubt_of(job, found, lambda: HERE, "mine")
+def doubt(job: Any, found: Defaults, n_facts: int = 30) -> str | None:
+    return doubt_of(job, found, lambda: HERE, "mine", n_facts)
 
 
 @pytest.mark.parametrize("origin", ["published", "tuned here"])
@@ -77,6 +82,58 @@ def test_settings_that_were_tuned_for_this_model_say_so() -> None:
     assert doubt(tuned, defaults()) is None
 
 
+def tuned_here(**fields: Any) -> EditJob:
+    given = {"layers": (1,), "solve": {"lam": 3.0}, "tuned": RECORD | {"model_digest": HERE}}
+    return job(**given | fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layers": (1, 2)},
+        {"method": "memit"},
+        {"solve": {"lam": 99999.0}},
+        {"targets": {"lr": 0.1}},
+        {"protect": {"weight": 1.0}},
+    ],
+)
+def test_settings_that_were_changed_later_are_not_called_tuned(fields: Any) -> None:
+    changed = tuned_here(**fields)
+    told = origin_of(changed, defaults(), lambda: HERE)
+    assert told.startswith("tuned, then changed: 12 trials")
+    assert "the settings were changed after they were tuned" in (doubt(changed, defaults()) or "")
+
+
+def test_what_was_not_searched_may_change() -> None:
+    free = tuned_here(targets={"tokens_per_batch": 9}, evaluation={"drift_prompts": 1})
+    assert origin_of(free, defaults(), lambda: HERE).startswith("tuned: ")
+    assert doubt(free, defaults()) is None
+
+
+@pytest.mark.parametrize("n_facts", [9, 91])
+def test_a_lambda_is_doubted_for_many_more_facts_or_fewer(n_facts: int) -> None:
+    assert doubt(tuned_here(), defaults(), 10) is None is doubt(tuned_here(), defaults(), 90)
+    told = doubt(tuned_here(), defaults(), n_facts)
+    assert f"λ was tuned with 30 facts at once, not with {n_facts}" in (told or "")
+
+
+def test_settings_are_doubted_with_other_statistics(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("text")
+    record = RECORD | {"model_digest": HERE, "corpus": str(text)}
+    assert doubt(tuned_here(tuned=record, corpus=f"{tmp_path}/./text.txt"), defaults()) is None
+    assert doubt(tuned_here(tuned=record, stats="s"), defaults()) is None  # of who knows what
+    told = doubt(tuned_here(tuned=record), defaults())
+    assert f"tuned with the statistics of {text}, not with those of self" in (told or "")
+
+
+def test_the_command_names_the_text_that_was_tuned_with() -> None:
+    plain = "memedit edit --config s.yaml --facts FACTS --out OUT"
+    assert TunedRecord.read(RECORD).command("s.yaml") == plain
+    record = TunedRecord.read(RECORD | {"corpus": "my text.txt", "stats": "/s"})
+    assert record.command("s.yaml") == f"{plain} --corpus 'my text.txt' --stats /s"
+
+
 @pytest.mark.parametrize("origin", ["published", "guessed"])
 def test_settings_that_were_tuned_for_another_model_are_doubted(origin: Any) -> None:
     tuned = job(layers=(1,), solve={"lam": 3.0}, tuned=RECORD)
@@ -95,7 +152,7 @@ def test_a_model_that_is_not_read_is_taken_for_the_one_that_was_tuned() -> None:
     """A plan does not fetch the weights."""
     tuned = job(layers=(1,), solve={"lam": 3.0}, tuned=RECORD)
     assert origin_of(tuned, defaults(), lambda: None).startswith("tuned: ")
-    assert doubt_of(tuned, defaults(), lambda: None, "mine") is None
+    assert doubt_of(tuned, defaults(), lambda: None, "mine", 30) is None
 
 
 def test_without_a_record_no_model_is_read() -> None:
@@ -103,4 +160,4 @@ def test_without_a_record_no_model_is_read() -> None:
         raise AssertionError
 
     assert origin_of(job(), defaults(), read).startswith("guessed: ")
-    assert doubt_of(job(), defaults(), read, "mine") is not None
+    assert doubt_of(job(), defaults(), read, "mine", 30) is not None

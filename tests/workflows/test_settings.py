@@ -20,8 +20,8 @@ from workflows.settings import (
     PlanJob,
     PublishJob,
     StatsJob,
-    TraceJob,
 )
+from workflows.study_settings import TraceJob
 from workflows.version_settings import ApplyJob
 
 LEAST = {"facts": "facts.jsonl", "out": "out"}

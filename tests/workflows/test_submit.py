@@ -38,8 +38,8 @@ from workflows.settings import (
     Job,
     PlanJob,
     StatsJob,
-    TraceJob,
 )
+from workflows.study_settings import TraceJob
 from workflows.submit import (
     STOP_WAIT_S,
     Submission,
