@@ -29,6 +29,8 @@ _MOST_LAYERS = 5
 """As many as the published settings of most models edit."""
 _VANISHED = 0.5
 """A gap below this share of the largest has vanished."""
+_ROUNDING = 1e-6
+"""Differences of probabilities that are no larger than this may be rounding alone."""
 
 
 def class_of(position: int, request: TraceRequest) -> PositionClass | None:
@@ -144,11 +146,12 @@ class Proposal:
 
 
 def propose(curves: Sequence[Curve], gap_RL: Tensor) -> Proposal | None:
-    """The layers to edit; None where the MLPs add nothing at the subject's last token.
+    """The layers to edit; None where the facts do not show that the MLPs add something.
 
     MEMIT edits the MLPs up to the layer where the gap vanishes, for the MLPs above it no longer
-    matter to the fact there. Here: the last layer whose mean gap is at least half of the largest
-    one, and the layers before it, five in all or a quarter of a small model's layers.
+    matter to the fact there. Here: the first layer from which on the mean gap stays below half of
+    the largest one, and the layers before it, five in all or a quarter of a small model's layers.
+    The largest gap must be above zero at the lower end of its interval.
     """
     of: Mapping[str, Curve] = {c.kind: c for c in curves if c.position == CRITICAL}
     whole_L, severed_L = (
@@ -156,7 +159,8 @@ def propose(curves: Sequence[Curve], gap_RL: Tensor) -> Proposal | None:
     )
     gap_L = whole_L - severed_L
     last = _last_layer(gap_L)
-    if last is None:
+    low_L, _ = middle(gap_RL)
+    if last is None or float(low_L[gap_L.argmax()]) <= 0:
         return None
     count = max(1, min(_MOST_LAYERS, len(gap_L) // 4))
     first = max(0, last - count + 1)
@@ -171,7 +175,10 @@ def propose(curves: Sequence[Curve], gap_RL: Tensor) -> Proposal | None:
 
 
 def _last_layer(gap_L: Tensor) -> int | None:
+    """The first layer from which on the gap stays below half of the largest; None without any."""
     largest = float(gap_L.max())
-    if not largest > 0:
+    if not largest > _ROUNDING:
         return None
-    return int((gap_L >= _VANISHED * largest).nonzero().max())
+    wide = int((gap_L >= _VANISHED * largest).nonzero().max())
+    # What the MLPs above layer `wide` add is still much, so the next one is edited, too.
+    return min(wide + 1, len(gap_L) - 1)

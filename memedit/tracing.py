@@ -85,8 +85,8 @@ class FactTrace:
 
 
 def default_tokens_per_batch(device: torch.device) -> int:
-    """Positions run at once; a CPU wants what fills its cores, a GPU many."""
-    return 512 * torch.get_num_threads() if device.type == "cpu" else 16384
+    """Positions held at once; a CPU wants what fills its cores, a GPU many."""
+    return 2048 * torch.get_num_threads() if device.type == "cpu" else 16384
 
 
 @torch.inference_mode()
@@ -291,8 +291,13 @@ class _Passes:
         budget = self.settings.tokens_per_batch or default_tokens_per_batch(self.model.device)
         left = sorted(cells, key=lambda cell: (-cell.tokens, cell.fact))
         while left:
-            widest = left[0].tokens
-            size = max(1, budget // (samples * widest))
+            widest, before, size = left[0].tokens, 1, 0
+            for cell in left:
+                # The keys and values of the tokens before are copied for each row.
+                before = max(before, cell.position)
+                if size and samples * (size + 1) * (before + widest) > budget:
+                    break
+                size += 1
             # Shorter ones would be padded; they have a batch of their own if there are enough.
             alike = sum(cell.tokens > 0.8 * widest for cell in left[:size])
             size = alike if 2 * alike >= size else size

@@ -287,21 +287,25 @@ class Worker:
     def trace(
         self, requests: Sequence[TraceRequest], settings: TraceSettings, spread: float
     ) -> Iterator[FactTrace]:
-        """Trace some facts, in smaller batches where the GPU has no room."""
+        """Trace some facts, fewer at once and in smaller batches where the GPU has no room."""
         model, arch = self.loaded.model, self.loaded.arch
         budget = settings.tokens_per_batch or trace_tokens_per_batch(model.device)
-        traces: list[FactTrace] | None = None
-        while traces is None:
+        left = list(requests)
+        while left:
+            # What is kept of the facts' runs takes memory as well as the passes over them.
+            some = left[: self._room.of("trace", len(requests))]
             fitting = replace(settings, tokens_per_batch=self._room.of("trace", budget))
             try:
-                traces = trace_facts(model, arch, requests, settings=fitting, spread=spread)
+                traces = trace_facts(model, arch, some, settings=fitting, spread=spread)
             except torch.OutOfMemoryError:
                 if not self._room.halve("trace", budget):
                     raise
-            if traces is None:
-                release_memory()
+            else:
+                left = left[len(some) :]
+                yield from traces
+                continue
+            release_memory()  # not before: the error holds on to what was being computed
         trim_memory()
-        yield from traces
 
     def drift(self, reference: DriftReference) -> Iterator[tuple[float, float] | None]:
         """How far they have moved since then; see `measure_drift`."""

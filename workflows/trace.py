@@ -29,7 +29,13 @@ from memedit.progress import Progress
 from memedit.prompts import encode_completion, locate_subject
 from memedit.requests import EditRequest
 from memedit.trace_stages import find_spread, say_next, trace_all
-from memedit.tracing import KINDS, PARTS, FactTrace, TraceRequest
+from memedit.tracing import (
+    KINDS,
+    PARTS,
+    FactTrace,
+    TraceRequest,
+    default_tokens_per_batch,
+)
 from memedit.writing import whole_file
 from workflows.facts import read_facts
 from workflows.progress import Timed
@@ -87,8 +93,7 @@ def run_trace(job: TraceJob, progress: Progress) -> Mapping[str, Any]:
         timed.start("load")
         table = read_facts(job.facts, on_bad_row=job.on_bad_row)
         base = open_base(job, timed)
-        settings = job.trace_settings
-        settings = replace(settings, window=settings.window_of(base.arch.n_layers))
+        settings = _filled_in(job.trace_settings, base)
         table, questions = sift(
             table, lambda request: encode_question(request, base), on_bad_row=job.on_bad_row
         )
@@ -149,6 +154,16 @@ def run_trace(job: TraceJob, progress: Progress) -> Mapping[str, Any]:
             partial.write_text(json.dumps(result, indent=2) + "\n")
         publication.appear()
     return result
+
+
+def _filled_in(settings: TraceSettings, base: Base) -> TraceSettings:
+    """What was left open, decided here: workers of other sizes would decide otherwise."""
+    batch = settings.tokens_per_batch
+    return replace(
+        settings,
+        window=settings.window_of(base.arch.n_layers),
+        tokens_per_batch=batch or default_tokens_per_batch(torch.device(base.device)),
+    )
 
 
 def encode_question(request: EditRequest, base: Base) -> Question:

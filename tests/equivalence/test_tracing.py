@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from memedit import tracing
 from memedit.architecture import Architecture, architecture_of
 from memedit.config import TraceSettings
+from memedit.segments import run
 from memedit.tracing import (
     KINDS,
     PARTS,
@@ -132,6 +134,23 @@ def test_a_fact_is_traced_alike_alone_and_among_others() -> None:
         torch.testing.assert_close(
             alone.effects_LT[kind], among[1].effects_LT[kind], atol=1e-6, rtol=1e-4
         )
+
+
+def test_a_batch_holds_no_more_positions_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those before the restored one count, for their keys and values are held for each row."""
+    held: list[tuple[int, int]] = []
+
+    def watched(model: Any, rows: Any) -> Any:
+        before = rows.prefix.mask_BP.shape[1] if rows.prefix else 0
+        held.append((rows.input_ids_BT.shape[0], before + rows.input_ids_BT.shape[1]))
+        return run(model, rows)
+
+    monkeypatch.setattr(tracing, "run", watched)
+    model = tiny_model("llama")
+    settings = replace(SETTINGS, tokens_per_batch=100)
+    trace_facts(model, architecture_of(model.config), REQUESTS, settings=settings, spread=0.2)
+    several = [rows * width for rows, width in held if rows > SETTINGS.samples]
+    assert several and max(several) <= 100
 
 
 def test_what_must_hold_of_any_model() -> None:

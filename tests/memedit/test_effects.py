@@ -108,23 +108,45 @@ def curves_of(hidden: list[float], severed: list[float]) -> list[Curve]:
     ]
 
 
-def test_the_last_layer_is_where_the_mlps_above_begin_to_add_less_than_half() -> None:
+def test_the_mlps_above_the_last_layer_add_less_than_half_and_those_above_one_less_do_not() -> None:
     hidden = [0.0, 0.2, 0.6, 0.8, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1] + [0.0] * 12
     severed = [0.0, 0.0, 0.0, 0.0, 0.2, 0.25, 0.4, 0.4, 0.4, 0.3, 0.2, 0.1] + [0.0] * 12
     gap = torch.tensor(hidden) - torch.tensor(severed)  # 0.8 at layer 3, 0.45 at 5, 0.2 at 6
     draws_RL = torch.stack([gap, gap, gap.roll(1)]).double()
     found = propose(curves_of(hidden, severed), draws_RL)
     assert found is not None
-    assert found.layers == (1, 2, 3, 4, 5) and found.flag == "1-5"
-    assert (found.last_low, found.last_high) == (5, 6)
+    assert found.layers == (2, 3, 4, 5, 6) and found.flag == "2-6"
+    assert (found.last_low, found.last_high) == (6, 7)
     assert found.gap == pytest.approx(gap.tolist())
+    assert found.gap[6] < 0.5 * max(found.gap) <= found.gap[5]
 
 
 def test_layers_do_not_begin_below_the_model() -> None:
     hidden, severed = [1.0, 0.9] + [0.0] * 22, [0.0] * 24
     found = propose(curves_of(hidden, severed), torch.zeros(1, 24) + 1)
-    assert found is not None and found.layers == (0, 1) and found.flag == "0-1"
+    assert found is not None and found.layers == (0, 1, 2) and found.flag == "0-2"
+
+
+def test_layers_do_not_end_above_the_model() -> None:
+    found = propose(curves_of([1.0] * 8, [0.0] * 8), torch.ones(1, 8))
+    assert found is not None and found.layers == (6, 7)
 
 
 def test_without_a_gap_nothing_is_proposed() -> None:
     assert propose(curves_of([0.1, 0.2], [0.1, 0.3]), torch.zeros(1, 2)) is None
+
+
+@pytest.mark.parametrize(
+    ("gap", "draws", "proposes"),
+    [
+        (2e-7, [2e-7] * 40, False),
+        (0.3, [0.3] * 40, True),
+        (0.3, [-0.1] * 4 + [0.35] * 36, False),  # with other facts there would be none
+    ],
+)
+def test_a_gap_that_may_be_nothing_proposes_nothing(
+    gap: float, draws: list[float], proposes: bool
+) -> None:
+    draws_RL = torch.tensor([[draw] + [0.0] * 7 for draw in draws], dtype=torch.float64)
+    found = propose(curves_of([gap] + [0.0] * 7, [0.0] * 8), draws_RL)
+    assert (found is not None) == proposes

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from memedit.config import EvaluationSettings, TargetSettings
+from memedit.config import EvaluationSettings, TargetSettings, TraceSettings
 from memedit.errors import NumericalError
 from memedit.files import LocalFiles
 from memedit.model import ModelSpec
 from memedit.prompts import encode_request
 from memedit.requests import EditRequest, Neighbour
 from memedit.solve import Update
+from memedit.tracing import KINDS, TraceRequest
 from memedit.worker import Worker
 from tests.tiny import INNER, save_tiny
 
@@ -122,6 +123,32 @@ def test_work_is_halved_until_it_fits(
     torch.testing.assert_close(again[3].keys_NI, keys.keys_NI, rtol=1e-4, atol=1e-5)
     assert [fact.case_id for fact in again[4]] == [fact.case_id for fact in facts]
     assert [fact.efficacy for fact in again[4]] == [fact.efficacy for fact in facts]
+
+
+def test_fewer_facts_are_traced_at_once_until_their_runs_fit(
+    worker: Worker, request: pytest.FixtureRequest
+) -> None:
+    facts = [
+        TraceRequest(
+            case_id=str(first),
+            ids=tuple(range(first, first + 20)),
+            subject_first=15,
+            subject_last=16,
+            target_id=7,
+        )
+        for first in (5, 30, 60, 90)
+    ]
+    settings = TraceSettings(samples=2, window=2, tokens_per_batch=100)
+    expected = list(worker.trace(facts, settings, 0.2))
+    seen: list[int] = request.getfixturevalue("small_device")
+    traces = list(worker.trace(facts, settings, 0.2))
+    assert seen[0] == 4 * 3 * 20 > LIMIT and 2 * 3 * 20 in seen
+    assert [trace.case_id for trace in traces] == [fact.case_id for fact in facts]
+    for found, trace in zip(traces, expected, strict=True):
+        for kind in KINDS:
+            torch.testing.assert_close(
+                found.effects_LT[kind], trace.effects_LT[kind], atol=1e-6, rtol=1e-4
+            )
 
 
 def test_what_does_not_fit_alone_is_an_error(worker: Worker, small_device: list[int]) -> None:

@@ -12,7 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from memedit.config import TraceSettings
 from memedit.prompts import encode_completion
+from memedit.trace_stages import trace_all
+from memedit.tracing import default_tokens_per_batch
 from tests.tiny import LAYERS, save_tiny
 from tests.workflows.runs import FACTS, Ran, contents, memedit, setting, write_rows
 from workflows.heat_maps import heat_map
@@ -118,6 +121,28 @@ def test_equal_jobs_give_equal_numbers(
     table, again = (pq.read_table(out / "effects.parquet") for out in (done[0], tmp_path / "out"))
     named = ("subject", "kind", "layer", "position", "effect", "clean", "corrupted")
     assert again.select(named).equals(table.select(named))
+
+
+def test_workers_are_told_how_much_to_hold(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or each would choose by its own threads, and differ in the last bits."""
+    told: list[TraceSettings] = []
+
+    def watched(*arguments: Any, settings: TraceSettings, **more: Any) -> Any:
+        told.append(settings)
+        return trace_all(*arguments, settings=settings, **more)
+
+    monkeypatch.setattr("workflows.trace.trace_all", watched)
+    facts = write_rows(tmp_path / "facts.jsonl", FACTS[:1])
+    open_one = trace(base, facts, tmp_path / "open", *ALL).result
+    given = trace(
+        base, facts, tmp_path / "given", *ALL, *setting("trace.tokens_per_batch=60")
+    ).result
+    default = default_tokens_per_batch(torch.device("cpu"))
+    assert [settings.tokens_per_batch for settings in told] == [default, 60]
+    assert open_one["settings"]["tokens_per_batch"] == default
+    assert given["settings"]["tokens_per_batch"] == 60
 
 
 def test_only_what_the_model_says_is_traced(base: Path, tmp_path: Path) -> None:
