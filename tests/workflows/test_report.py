@@ -14,6 +14,7 @@ import pytest
 from memedit.errors import InputError
 from memedit.outcome import EditOutcome, Evaluation, FactCounts
 from tests.workflows.outcomes import example_outcome
+from workflows.findings import failures
 from workflows.report import SHOWN_FAILURES, render_report, write_report
 
 VOID = {"meta", "br", "img", "input", "hr", "link"}
@@ -180,6 +181,14 @@ def test_a_fact_cannot_run_anything():
     assert not any(name.startswith("on") for _, a in page.tags for name in a)
     assert HOSTILE in page.text, "it is shown, as text"
     assert '<mark class="new">alert(&#34;x&#34;)</mark>' in text
+
+
+def test_the_worst_facts_say_what_they_said_before(text):
+    outcome = example_outcome(100)
+    cells = re.findall(r'<td data-name="Said before">(.*?)</td>', text)
+    plain = [" ".join(re.sub("<[^>]*>", "", cell).split()) for cell in cells]
+    said = [" ".join(each.before.continuation.split()) for each in failures(outcome)]
+    assert plain and plain == said[: len(plain)]
 
 
 def test_a_long_list_of_failures_is_cut_and_counted():
