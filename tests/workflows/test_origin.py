@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from memedit.config import EditSettings, SolveSettings
 from memedit.defaults import Defaults
 from memedit.errors import InputError
 from workflows.origin import TunedRecord, digest_of_tuned, doubt_of, origin_of, record_of
+from workflows.session import settings_origin
 from workflows.settings import EditJob, StatsJob
 
 HERE, ELSEWHERE = "1" * 64, "2" * 64
@@ -140,6 +143,14 @@ def test_settings_that_were_tuned_for_another_model_are_doubted(origin: Any) -> 
     assert origin_of(tuned, defaults(origin), lambda: HERE).startswith(f"{origin}: ")
     told = doubt(tuned, defaults(origin))
     assert told is not None and "tuned for theirs, another model (222222222222…" in told
+
+
+def test_the_record_of_a_run_speaks_of_its_method() -> None:
+    config = AutoConfig.for_model("gptj", n_embd=4096, n_layer=28)
+    base: Any = SimpleNamespace(config=config, identity=lambda: HERE)
+    assert settings_origin(job(method="memit"), base, 10).endswith("(kmeng01/memit)")
+    told = settings_origin(job(), base, 10)
+    assert told.startswith("published: GPT-J 6B") and "measured on SmolLM2 only" in told
 
 
 def test_a_record_is_as_tune_writes_it() -> None:

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 import workflows.editing
+import workflows.tune
 import workflows.tuning_trial
 from memedit.config import EditSettings, EvaluationSettings
 from memedit.errors import NumericalError
@@ -471,6 +472,25 @@ def test_one_fact_has_no_halves(base: Path, tmp_path: Path) -> None:
     facts = write_rows(tmp_path / "one.jsonl", FACTS[:1])
     ran = memedit("tune", *quick(base, tmp_path), "--facts", facts, "--out", tmp_path / "out")
     assert ran.code == 2 and "1 fact that can be edited" in ran.error["message"]
+
+
+def test_the_first_lambda_is_that_of_the_facts_that_can_be_encoded(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    settings_of = workflows.tune.settings_of
+
+    def asking(job: Any, base: Any, n_facts: int, progress: Any) -> Any:
+        counts.append(n_facts)
+        return settings_of(job, base, n_facts, progress)
+
+    monkeypatch.setattr(workflows.tune, "settings_of", asking)
+    long = {**FACTS[0], "id": "long", "prompt": "{} " + "is located in " * 400}
+    facts = write_rows(tmp_path / "facts.jsonl", [*FACTS[:3], long])
+    flags = (*quick(base, tmp_path), *MEMIT, "--trials", "1", "--on-bad-row", "skip")
+    ran = memedit("tune", *flags, "--facts", facts, "--out", tmp_path / "out")
+    assert ran.result["facts"]["accepted"] == 3
+    assert counts == [2, 1]
 
 
 def test_trials_that_were_not_measured_are_not_drawn() -> None:
