@@ -6,7 +6,6 @@ page that begins with the proposal.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,6 +37,7 @@ from memedit.tracing import (
 )
 from memedit.writing import whole_file
 from workflows.facts import read_facts
+from workflows.plain import write_result
 from workflows.progress import Timed
 from workflows.session import Base, open_base, open_workers, sift
 from workflows.settings import new_run_id
@@ -150,8 +150,7 @@ def run_trace(job: TraceJob, progress: Progress) -> Mapping[str, Any]:
         from workflows.trace_page import write_trace_page  # brings matplotlib
 
         write_trace_page(result, traced, publication.staging / PAGE_NAME)
-        with whole_file(publication.staging / RESULTS_NAME) as partial:
-            partial.write_text(json.dumps(result, indent=2) + "\n")
+        write_result(publication.staging / RESULTS_NAME, result)
         publication.appear()
     return result
 

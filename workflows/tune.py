@@ -35,6 +35,7 @@ from workflows.facts import FactTable, read_facts
 from workflows.findings import METRIC, SETTING_NAMES, plural, setting_text
 from workflows.moments import STATS_NAME, TokenSource, corpus_of, load_stats
 from workflows.origin import TunedRecord, digest_of_tuned, located
+from workflows.plain import write_result
 from workflows.progress import Timed
 from workflows.review import check_measurable
 from workflows.session import (
@@ -164,8 +165,7 @@ def run_tune(job: TuneJob, progress: Progress) -> Mapping[str, Any]:
         from workflows.tuning_page import write_tuning  # brings matplotlib
 
         write_tuning(result, publication.staging / PAGE_NAME)
-        with whole_file(publication.staging / RESULTS_NAME) as partial:
-            partial.write_text(json.dumps(result, indent=2) + "\n")
+        write_result(publication.staging / RESULTS_NAME, result)
         publication.appear()
     return result
 
