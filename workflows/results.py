@@ -181,7 +181,7 @@ def show_trace(result: Mapping[str, Any], stream: TextIO) -> None:
     )
     proposal = result["proposal"]
     if proposal is None:
-        console.print("no layers to propose: MLPs at the subject's last token add nothing that shows")
+        console.print("no layers to propose: no MLP shows at the subject's last token")
     else:
         console.print(f"--layers {proposal['flag']}")
     console.print(f"all of it: {result['out']}")
