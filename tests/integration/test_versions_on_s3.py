@@ -60,7 +60,7 @@ def test_a_version_is_verified(world: World, s3: str, tmp_path: Path, cache: Pat
     assert check(version, "--base", world.here.at("base")).result["ok"]
     quick = check(version, "--quick").result
     assert quick["ok"] and quick["base"] is None
-    assert (quick["files"], quick["tensors"]) == (13, 2)
+    assert (quick["files"], quick["tensors"]) == (14, 2)
 
     def changed(name: str, offset: int) -> bytes:
         content = bytearray(objects.get(f"{version}/{name}"))
