@@ -104,7 +104,7 @@ class RepairSettings:
 
     rounds: int = 2
     """At most so many; 0 repairs nothing."""
-    drift: float = 0.2
+    drift: float = 0.5
     """A round is kept if more facts are said after it, and the drift has grown by no more than this
     fraction."""
     prompts: int = 100
