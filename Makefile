@@ -35,7 +35,7 @@ demo: $(STAMP)  ## Edit the embedded default model with examples/facts.jsonl
 
 test: $(STAMP)  ## All tests: what computes, one process a core; then what starts Ray, kills and waits
 	$(BIN)/python -m pytest -n auto -m beside
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not beside"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not beside"
 
 check: lint unit  ## Style, types, import directions and the fast tests of single modules
 

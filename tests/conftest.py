@@ -33,12 +33,17 @@ _ALONE = ("test_s3_kill", "test_s3_faults", "test_s3_traffic", "test_disk_full",
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what may run side by side, and of it the fast tests of single modules.
 
-    Ray wants the machine for itself.
+    The rest waits more than it computes, in two streams: one Ray at a time, since a Ray finds
+    whichever is there, and what kills and counts.
     """
     for item in items:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
         marks = {mark.name for mark in item.iter_markers()}
-        if "ray" not in marks and item.path.stem not in _ALONE:
+        if "ray" in marks:
+            item.add_marker(pytest.mark.xdist_group("ray"))
+        elif item.path.stem in _ALONE:
+            item.add_marker(pytest.mark.xdist_group("alone"))
+        else:
             item.add_marker("beside")
             if folder in _OF_MODULES and "slow" not in marks:
                 item.add_marker("unit")

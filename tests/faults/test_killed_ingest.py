@@ -9,17 +9,17 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from memedit.files import LocalFiles
 from memedit.verify import verify
+from tests.faults.test_lost_machines import check_update
 from tests.faults.test_publish_kill import die_at_call, in_child
 from tests.tiny import save_tiny
-from tests.workflows.ingestion.nights import DARRIEUX, EIFFEL, QUICK, TOYOTA, Nights, targets
-from tests.workflows.runs import shards, without_plots
+from tests.workflows.ingestion.nights import DARRIEUX, EIFFEL, TOYOTA, Nights, targets
+from tests.workflows.runs import without_plots
 
 pytestmark = pytest.mark.slow
 
@@ -29,9 +29,6 @@ LAST = (2, 5, 9, 14, 20, 27, 35, 50)
 MADRID = {**EIFFEL, "target_new": "Madrid"}
 SECOND = ({"id": "darrieux", "retracted": True}, TOYOTA, MADRID, {"subject": "no prompt"})
 SOURCE = {"kind": "files", "path": "inbox/*.jsonl", "name": "inbox", "after": "archive"}
-ONE_AT_A_TIME = {**QUICK, "targets": {**QUICK["targets"], "tokens_per_batch": 1}}
-"""A z vector is the same to the last bit only if it is computed in the same batch."""
-NIGHT: dict[str, Any] = {"source": SOURCE, "edit": ONE_AT_A_TIME}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +42,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Nights:
     with pytest.MonkeyPatch.context() as patch:
         without_plots(patch)
         nights.deliver("1", EIFFEL, DARRIEUX)
-        assert nights.ingest(**NIGHT).result["status"] == "published"
+        assert nights.ingest(source=SOURCE).result["status"] == "published"
     nights.deliver("2", *SECOND)
     return nights
 
@@ -64,7 +61,7 @@ def run_in_child(nights: Nights, prepare: Callable[[], None]) -> int:
         os.dup2(silent, 1)
         os.dup2(silent, 2)
         prepare()
-        assert nights.ingest(**NIGHT).code == 0
+        assert nights.ingest(source=SOURCE).code == 0
 
     _, status = os.waitpid(in_child(work), 0)
     if os.WIFSIGNALED(status):
@@ -94,10 +91,10 @@ def count_calls(nights: Nights) -> int:
     return int(counted.read_text())
 
 
-def check(nights: Nights, expected: dict[str, bytes]) -> None:
+def check(nights: Nights, quiet: Nights) -> None:
     """All is as after a night in which nothing happened."""
     assert nights.said() == targets([TOYOTA, MADRID])
-    assert shards(nights.version) == expected
+    check_update(nights.version, quiet.version, nights.base)
     assert verify(LocalFiles(nights.version)) == []
     assert len(nights.versions()) == 2
     head, mark = nights.read("facts/HEAD"), nights.read("facts/WATERMARK")
@@ -124,8 +121,7 @@ def test_killed_at_points_spread_over_a_whole_run(
     without_plots(monkeypatch)
     quiet = night_of(first, tmp_path / "quiet")
     calls = count_calls(quiet)
-    expected = shards(quiet.version)
-    check(quiet, expected)
+    check(quiet, quiet)
     killed, stages = 0, set()
     spread = [1 + point * calls // SPREAD for point in range(SPREAD)]
     for number in (*spread, *(calls - before for before in LAST)):
@@ -133,10 +129,10 @@ def test_killed_at_points_spread_over_a_whole_run(
         ended = run_in_child(nights, lambda n=number, f=nights.folder: die_at_call(n, f))  # type: ignore[misc]
         killed += ended == signal.SIGKILL
         stages.add((nights.current == first.current, _sequence(nights)))
-        again = nights.ingest(**NIGHT).result
+        again = nights.ingest(source=SOURCE).result
         assert again["status"] in ("published", "unchanged")
-        check(nights, expected)
-        assert nights.ingest(**NIGHT).result["status"] == "unchanged"
+        check(nights, quiet)
+        assert nights.ingest(source=SOURCE).result["status"] == "unchanged"
         shutil.rmtree(nights.folder)
     assert killed >= 20
     # Before and after the facts were registered, and before and after the version was in use.
