@@ -24,6 +24,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from tests.workflows.runs import (
     PLAIN,
     contents,
+    measured,
     memedit,
     quick,
     setting,
@@ -217,5 +218,5 @@ def test_from_s3_to_s3_on_ray(
         [results[kind]["metrics"][when] for kind in kinds] for when in ("before", "after")
     )
     assert before[0] == before[1]
-    assert after[0] == pytest.approx(after[1], rel=1e-4)
+    assert measured(after[0]) == pytest.approx(measured(after[1]), rel=1e-4)
     assert memedit("verify", f"{s3}/ray", "--json").result["ok"]
