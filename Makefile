@@ -17,6 +17,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 TORCH_INDEX ?=
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
+PROCESSES := $(BIN)/python -c "import os; print((os.cpu_count() or 1) + 1)"
+
 help:  ## This list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
 
@@ -33,9 +35,9 @@ demo: $(STAMP)  ## Edit the embedded default model with examples/facts.jsonl
 	$(BIN)/memedit edit --model smollm2 --facts examples/facts.jsonl --out $(DEMO)
 	@echo "Report: file://$(CURDIR)/$(DEMO)/report.html"
 
-test: $(STAMP)  ## All tests: what computes, one process a core; then what starts Ray, kills and waits
-	$(BIN)/python -m pytest -n auto -m beside
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not beside"
+test: $(STAMP)  ## All tests: one process a core and one for Ray, which waits; then what must be alone
+	$(BIN)/python -m pytest -n $$($(PROCESSES)) --dist loadgroup -m beside
+	$(BIN)/python -m pytest -m "not beside"
 
 check: lint unit  ## Style, types, import directions and the fast tests of single modules
 
