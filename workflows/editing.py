@@ -7,7 +7,7 @@ kept by earlier runs, and the rounds of repair.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
 
@@ -253,9 +253,11 @@ class Editing:
     @cached_property
     def _made_from(self) -> str:
         protected = self.protection.moments if self.protection else None
+        settings = self.settings.of_method()
+        settings.pop("repair", None)  # when rounds end does not change what a round begins with
         return digest_of(
             self.base.checkpoint.digest,
-            asdict(self.settings),
+            settings,
             sorted(self.moments.digests.items()),
             sorted(protected.digests.items()) if protected else None,
         )
