@@ -17,8 +17,6 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 TORCH_INDEX ?=
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-PROCESSES := $(BIN)/python -c "import os; print((os.cpu_count() or 1) + 1)"
-
 help:  ## This list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
 
@@ -35,9 +33,11 @@ demo: $(STAMP)  ## Edit the embedded default model with examples/facts.jsonl
 	$(BIN)/memedit edit --model smollm2 --facts examples/facts.jsonl --out $(DEMO)
 	@echo "Report: file://$(CURDIR)/$(DEMO)/report.html"
 
-test: $(STAMP)  ## All tests: one process a core and one for Ray, which waits; then what must be alone
-	$(BIN)/python -m pytest -n $$($(PROCESSES)) --dist loadgroup -m beside
-	$(BIN)/python -m pytest -m "not beside"
+test: $(STAMP)  ## All tests: those of Ray, which wait, beside those that compute; then what must be alone
+	@mkdir -p build; $(BIN)/python -m pytest -m "ray and not alone" > build/ray-tests.log 2>&1 & ray=$$!; \
+	$(BIN)/python -m pytest -n auto -m beside; beside=$$?; \
+	wait $$ray; of_ray=$$?; cat build/ray-tests.log; exit $$(( beside + of_ray ))
+	$(BIN)/python -m pytest -m alone
 
 check: lint unit  ## Style, types, import directions and the fast tests of single modules
 

@@ -31,19 +31,18 @@ _ALONE = ("test_s3_kill", "test_s3_faults", "test_s3_traffic", "test_disk_full",
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what may run side by side, and of it the fast tests of single modules.
+    """Mark what must be alone, what may run side by side, and of it the fast tests of modules.
 
-    One Ray at a time, since a Ray finds whichever is there. It waits more than it computes, so that
-    it may run beside the others as a third.
+    Ray's tests are neither: one Ray at a time, which waits more than it computes.
     """
     for item in items:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
         marks = {mark.name for mark in item.iter_markers()}
-        if "ray" in marks:
-            item.add_marker(pytest.mark.xdist_group("ray"))
-        if item.path.stem not in _ALONE:
+        if item.path.stem in _ALONE:
+            item.add_marker("alone")
+        elif "ray" not in marks:
             item.add_marker("beside")
-            if folder in _OF_MODULES and not {"ray", "slow"} & marks:
+            if folder in _OF_MODULES and "slow" not in marks:
                 item.add_marker("unit")
 
 
