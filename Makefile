@@ -34,10 +34,10 @@ demo: $(STAMP)  ## Edit the embedded default model with examples/facts.jsonl
 	@echo "Report: file://$(CURDIR)/$(DEMO)/report.html"
 
 test: $(STAMP)  ## All tests: those of Ray, which wait, beside those that compute; then what must be alone
-	@mkdir -p build; $(BIN)/python -m pytest -m "ray and not alone" > build/ray-tests.log 2>&1 & ray=$$!; \
+	@mkdir -p build; $(BIN)/python -m pytest --durations=15 -m "ray and not alone" > build/ray-tests.log 2>&1 & ray=$$!; \
 	$(BIN)/python -m pytest -n auto -m beside; beside=$$?; \
 	wait $$ray; of_ray=$$?; cat build/ray-tests.log; exit $$(( beside + of_ray ))
-	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest --durations=15 -m alone
 
 check: lint unit  ## Style, types, import directions and the fast tests of single modules
 

@@ -31,8 +31,10 @@ from memedit.publication import Publication as LocalPublication
 
 LOCK_NAME = ".memedit.publication.lock"
 """Says that a publication began here while nothing else was here; so no other lock has its name."""
+RESULTS_NAME = "results.json"
+"""What a comparison, a search and their like end with."""
 _NOTES = {LOCK_NAME, UNFINISHED_NAME}
-_ENDS = {MANIFEST_NAME, "stats.json", "results.json"}
+_ENDS = {MANIFEST_NAME, "stats.json", RESULTS_NAME}
 """What is written last; a place that has one of them is finished."""
 
 

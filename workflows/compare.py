@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cluster.artifacts import Artifacts, open_artifacts
-from cluster.publication import open_publication
+from cluster.publication import RESULTS_NAME, open_publication
 from memedit.config import ONE_LAYER, MethodName
 from memedit.errors import InputError, MemeditError, NumericalError
 from memedit.executor import Executor
@@ -45,8 +45,6 @@ from workflows.settings import new_run_id
 from workflows.study_settings import CompareJob
 
 BASE = "base"
-RESULTS_NAME = "results.json"
-"""The last by name, so written last: a place that has it is finished."""
 JUDGEMENTS_NAME = "judgements.parquet"
 PAGE_NAME = "page.html"
 

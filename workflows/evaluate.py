@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Literal
 
-from cluster.publication import open_publication
+from cluster.publication import RESULTS_NAME, open_publication
 from memedit.checkpoint import Checkpoint
 from memedit.errors import InputError
 from memedit.files import Files
@@ -30,9 +30,6 @@ from workflows.plain import write_result
 from workflows.progress import Timed
 from workflows.session import device_of_job, gpus_of_job, open_workers, sift
 from workflows.settings import EvaluateJob, ModelJob, new_run_id
-
-RESULTS_NAME = "results.json"
-"""The last by name, so written last: a place that has it is finished."""
 
 
 def run_evaluate(job: EvaluateJob, progress: Progress) -> Mapping[str, Any]:

@@ -111,6 +111,23 @@ class ModelJob(Job):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TableJob(ModelJob):
+    """A job over a fact table."""
+
+    facts: str = option(
+        None,
+        "The fact table: JSON lines, JSON, Parquet or CSV; a path or s3:// object.",
+        group="Input",
+        metavar="FILE",
+        required=True,
+        location="path",
+    )
+    on_bad_row: Literal["fail", "skip"] = option(
+        "fail", "A row that is wrong: stop, or leave it out.", group="Input"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SpreadJob(ModelJob):
     """A job whose work can be spread over processes and machines."""
 
@@ -257,22 +274,8 @@ class MethodJob(WorkJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactsJob(MethodJob):
-    """A job over a fact table."""
-
-    facts: str = option(
-        None,
-        "The fact table: JSON lines, JSON, Parquet or CSV; a path or s3:// object.",
-        group="Input",
-        metavar="FILE",
-        required=True,
-        location="path",
-    )
-    on_bad_row: Literal["fail", "skip"] = option(
-        "fail",
-        "A row that is wrong: stop before anything is written, or put it into rejects.jsonl.",
-        group="Input",
-    )
+class FactsJob(TableJob, MethodJob):
+    """A job that edits a model with a fact table, or says what that would take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,6 +327,11 @@ class PublishJob(StoringJob):
 class EditJob(FactsJob, PublishJob):
     """`memedit edit`: the main job."""
 
+    on_bad_row: Literal["fail", "skip"] = option(
+        "fail",
+        "A row that is wrong: stop before anything is written, or put it into rejects.jsonl.",
+        group="Input",
+    )
     format: Literal["full", "delta", "lora"] = option(
         "full",
         "What is published: a checkpoint, the update alone (for `memedit apply`), or a PEFT"
@@ -370,17 +378,9 @@ def check_gates_of_one_edit(gates: Sequence[Gate]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateJob(SpreadJob, StoringJob):
+class EvaluateJob(TableJob, SpreadJob, StoringJob):
     """`memedit evaluate`: the metrics of a checkpoint on a fact table."""
 
-    facts: str = option(
-        None,
-        "The fact table: JSON lines, JSON, Parquet or CSV; a path or s3:// object.",
-        group="Input",
-        metavar="FILE",
-        required=True,
-        location="path",
-    )
     base: str | None = option(
         None,
         "The checkpoint before the edit, to measure the drift against.",
@@ -401,9 +401,6 @@ class EvaluateJob(SpreadJob, StoringJob):
         group="Input",
         metavar="CORPUS",
         location=True,
-    )
-    on_bad_row: Literal["fail", "skip"] = option(
-        "fail", "A row that is wrong: stop, or leave it out.", group="Input"
     )
     evaluation: Mapping[str, Any] = section("evaluation")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 from memedit.config import MethodName, TraceSettings
 from memedit.errors import InputError
 from workflows.fields import option, section
-from workflows.settings import FactsJob, SpreadJob, StoringJob
+from workflows.settings import FactsJob, SpreadJob, StoringJob, TableJob
 from workflows.wording import did_you_mean
 
 
@@ -76,20 +76,9 @@ class CompareJob(FactsJob, StoringJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraceJob(SpreadJob, StoringJob):
+class TraceJob(TableJob, SpreadJob, StoringJob):
     """`memedit trace`: which states of the model bring back its facts."""
 
-    facts: str = option(
-        None,
-        "The fact table: JSON lines, JSON, Parquet or CSV; a path or s3:// object.",
-        group="Input",
-        metavar="FILE",
-        required=True,
-        location="path",
-    )
-    on_bad_row: Literal["fail", "skip"] = option(
-        "fail", "A row that is wrong: stop, or leave it out.", group="Input"
-    )
     limit: int = option(
         100,
         "Trace so many facts at most, the first in canonical order that the model knows.",

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from cluster.publication import open_publication
+from cluster.publication import RESULTS_NAME, open_publication
 from memedit.config import TraceSettings
 from memedit.effects import Curve, average, class_of, propose
 from memedit.errors import InputError
@@ -43,8 +43,6 @@ from workflows.session import Base, open_base, open_workers, sift
 from workflows.settings import new_run_id
 from workflows.study_settings import TraceJob
 
-RESULTS_NAME = "results.json"
-"""The last by name, so written last: a place that has it is finished."""
 EFFECTS_NAME = "effects.parquet"
 PAGE_NAME = "page.html"
 _ASKED_AT_ONCE = 256

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cluster.artifacts import Artifacts, open_artifacts
-from cluster.publication import open_publication
+from cluster.publication import RESULTS_NAME, open_publication
 from cluster.store import join, open_file
 from memedit import __version__
 from memedit.config import EditSettings, EvaluationSettings
@@ -54,7 +54,6 @@ from workflows.tuning_table import TRIALS_NAME, write_trials
 from workflows.tuning_trial import Bench, Half, Trial
 from workflows.tuning_verdict import verdict_of
 
-RESULTS_NAME = "results.json"
 PAGE_NAME = "page.html"
 
 
