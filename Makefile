@@ -35,7 +35,7 @@ demo: $(STAMP)  ## Edit the embedded default model with examples/facts.jsonl
 
 test: $(STAMP)  ## All tests: those of Ray, which wait, beside those that compute; then what must be alone
 	@mkdir -p build; $(BIN)/python -m pytest --durations=15 -m "ray and not alone" > build/ray-tests.log 2>&1 & ray=$$!; \
-	$(BIN)/python -m pytest -n auto -m beside; beside=$$?; \
+	nice $(BIN)/python -m pytest -n auto --durations=25 -m beside; beside=$$?; \
 	wait $$ray; of_ray=$$?; cat build/ray-tests.log; exit $$(( beside + of_ray ))
 	$(BIN)/python -m pytest --durations=15 -m alone
 

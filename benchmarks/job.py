@@ -68,6 +68,24 @@ def run_edit(
     return JobResult(report=report, wall_s=wall_s, peak_bytes=usage.ru_maxrss * unit)
 
 
+def compare(
+    *, model: str, facts: Path, corpus: Path, out: Path, more: Sequence[str]
+) -> dict[str, Any]:
+    """What `memedit compare` says; rows that cannot be edited are left out.
+
+    Raises:
+        subprocess.CalledProcessError: The job failed; its messages went to stderr.
+    """
+    from workflows.models import resolve_model
+
+    folder = resolve_model(model).files.here
+    words = [sys.executable, "-m", "workflows.cli", "compare", "--model", str(folder), "--json"]
+    words += ["--facts", str(facts), "--on-bad-row", "skip", "--corpus", str(corpus)]
+    words += ["--out", str(out), *more]
+    done = subprocess.run(words, stdout=subprocess.PIPE, check=True, cwd=ROOT)
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
 def checkpoint_bytes_float32(folder: Path) -> int:
     """Size of a checkpoint's parameters if all were float32, from the safetensors headers."""
     from safetensors import safe_open

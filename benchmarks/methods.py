@@ -13,16 +13,13 @@ they do more.
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.job import ROOT, run_edit
+from benchmarks.job import compare, run_edit
 from benchmarks.material import SCORES, add_material_arguments, shown
 from benchmarks.record import append_row, save_json
 
@@ -52,21 +49,20 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="memedit-methods-") as folder:
             facts = Path(folder) / "facts.jsonl"
             facts.write_text("\n".join(drawn) + "\n", encoding="utf-8")
-            more = ["--cache", str(args.cache or Path(folder) / "cache"), "--on-bad-row", "skip"]
+            more = ["--cache", str(args.cache or Path(folder) / "cache")]
             more += [word for change in args.changes for word in ("--set", change)]
             (time_jobs if args.time else judge)(args, seed, facts, more)
 
 
 def judge(args: argparse.Namespace, seed: int, facts: Path, more: Sequence[str]) -> None:
     """How each method fares, by `memedit compare`."""
-    from workflows.models import resolve_model
-
-    words = [sys.executable, "-m", "workflows.cli", "compare", "--json", "--facts", str(facts)]
-    words += ["--model", str(resolve_model(args.model).files.here), "--corpus", str(args.corpus)]
-    words += ["--methods", args.methods, "--edits", str(args.count)]
-    words += ["--out", str(facts.parent / "compared"), *more]
-    done = subprocess.run(words, stdout=subprocess.PIPE, check=True, cwd=ROOT)
-    found = json.loads(done.stdout)
+    found = compare(
+        model=args.model,
+        facts=facts,
+        corpus=args.corpus,
+        out=facts.parent / "compared",
+        more=["--methods", args.methods, "--edits", str(args.count), *more],
+    )
     for row in found["rows"]:
         cells = {"facts": str(args.count), "half": args.part, "seed": str(seed)}
         cells |= {"method": row["method"], "λ": "" if row["lam"] is None else f"{row['lam']:g}"}
@@ -89,7 +85,7 @@ def time_jobs(args: argparse.Namespace, seed: int, facts: Path, more: Sequence[s
     """What each method takes more than the first, as a share of the first one's whole job."""
     plain: dict[str, float] | None = None
     for method in args.methods.split(","):
-        words = [*more, "--method", method]
+        words = [*more, "--on-bad-row", "skip", "--method", method]
         out = facts.parent / method
         done = run_edit(
             model=args.model, facts=facts, corpus=args.corpus, out=out, cold=False, more=words
@@ -101,7 +97,7 @@ def time_jobs(args: argparse.Namespace, seed: int, facts: Path, more: Sequence[s
         cells |= {"first job, s": f"{plain['total']:.0f}", "more, s": "", "more": ""}
         if took is not plain:
             cells |= {"more, s": f"{extra:.1f}", "more": f"{extra / plain['total']:.3f}"}
-        cells |= {"repairs": _repairs(done.report.get("repairs", ())), "set": " ".join(more[4:])}
+        cells |= {"repairs": _repairs(done.report.get("repairs", ())), "set": " ".join(more[2:])}
         append_row("methods_time", cells)
         print("  ".join(f"{name} {value}" for name, value in cells.items()), flush=True)
         save_json(f"methods_time-{method}-{args.count}-{seed}", done.report)

@@ -24,7 +24,8 @@ from typing import Any
 
 from benchmarks.material import add_material_arguments
 from benchmarks.record import append_row, save_json
-from workflows.findings import METRIC, setting_text
+from workflows.metrics import METRIC
+from workflows.wording import setting_text
 
 # Of `memedit.defaults`, for a model without a row; the layers are 5 to 9 in both.
 GUESSED = ("solve.lam=15000", "targets.lr=0.5", "targets.steps=20")

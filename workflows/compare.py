@@ -16,7 +16,7 @@ import torch
 
 from cluster.artifacts import Artifacts, open_artifacts
 from cluster.publication import RESULTS_NAME, open_publication
-from memedit.config import ONE_LAYER, MethodName
+from memedit.config import ONE_LAYER, EvaluationSettings, MethodName
 from memedit.errors import InputError, MemeditError, NumericalError
 from memedit.executor import Executor
 from memedit.manifest import code_versions
@@ -27,8 +27,9 @@ from memedit.side_effects import DriftReference
 from memedit.stages import judge
 from workflows.editing import Edited, Editing, editing_for
 from workflows.facts import FactTable, read_facts
-from workflows.findings import SHOWN_RELATIONS, plural
 from workflows.judgements import relation_metrics, write_judgements
+from workflows.metrics import SHOWN_RELATIONS
+from workflows.mixing import Mixed, Pair, pairs_of
 from workflows.moments import TokenSource, corpus_of, load_stats
 from workflows.plain import write_result
 from workflows.progress import Timed
@@ -43,6 +44,7 @@ from workflows.session import (
 )
 from workflows.settings import new_run_id
 from workflows.study_settings import CompareJob
+from workflows.wording import plural
 
 BASE = "base"
 JUDGEMENTS_NAME = "judgements.parquet"
@@ -107,6 +109,7 @@ def run_compare(job: CompareJob, progress: Progress) -> Mapping[str, Any]:
         contexts = contexts_of(settings, base, None)
         table, _ = encode_facts(table, base, contexts, on_bad_row=job.on_bad_row)
         _need(table, job)
+        pairs_of(table.batch.requests, job.pairs)  # refused before anything takes long
         base.checkpoint.check_finite()
         artifacts = open_artifacts(
             job.artifacts, cache=job.cache_folder, storage=job.storage_settings
@@ -123,12 +126,14 @@ def run_compare(job: CompareJob, progress: Progress) -> Mapping[str, Any]:
                 progress=timed,
             )
             rows = list(comparison.rows())
+            pairs = list(comparison.mixed())
         result = {
             "run_id": run_id,
             "out": publication.location,
             "model": base.name,
             "facts": {"read": table.read, "accepted": len(table.requests)},
             "rows": [row.summary() for row in rows],
+            "pairs": [row.summary() for row in pairs],
             "versions": code_versions(),
             "timings_s": timed.timings_s,
         }
@@ -167,6 +172,20 @@ def job_of(job: CompareJob, method: MethodName) -> CompareJob:
     return replace(job, method=method, solve=solve, layers=layers)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What is judged, as `memedit.stages.judge` takes it."""
+
+    requests: Sequence[EditRequest]
+    settings: EvaluationSettings
+    heldout: Sequence[Sequence[int]] = ()
+    reference: DriftReference | None = None
+
+
+_FACTS_ALONE = {"drift_prompts": 0, "fluency_facts": 0, "consistency_facts": 0}
+"""To judge facts, and not what happened beside them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Comparison:
     job: CompareJob
@@ -182,31 +201,47 @@ class _Comparison:
             # Canonical order is by digest: the first are as good as drawn.
             requests = self.table.batch.requests[:count]
             heldout = self._source("memit", count).heldout(self.executor, self.progress)
-            before, reference = self._judged(requests, heldout, None)
+            asked = _Asked(requests, self.job.evaluation_settings, heldout)
+            before, reference = self._judged(asked)
             yield Compared(method=BASE, edits=count, evaluation=before)
             for method in self.job.method_names:
-                self.progress.message(f"{method}, {plural(count, 'fact')}")
-                job = job_of(self.job, method)
-                settings = settings_of(job, self.base, count, Silent())
-                row = Compared(
-                    method=method, edits=count, layers=settings.layers, lam=settings.solve.lam
+                yield self._row(method, requests, replace(asked, reference=reference))
+
+    def mixed(self) -> Iterator[Mixed]:
+        """Every method on each pair of relations, together and apart."""
+        settings = replace(self.job.evaluation_settings, **_FACTS_ALONE)
+        for pair in pairs_of(self.table.batch.requests, self.job.pairs):
+            both = [*pair.judged[0], *pair.judged[1]]
+            for method in self.job.method_names:
+                together = self._row(method, both, _Asked(both, settings))
+                apart = [
+                    self._row(method, edited, _Asked(judged, settings))
+                    for edited, judged in zip(pair.facts, pair.judged, strict=True)
+                ]
+                yield _mixed(pair, together, apart)
+
+    def _row(self, method: MethodName, requests: Sequence[EditRequest], asked: _Asked) -> Compared:
+        """A method on some facts."""
+        edits = len(requests)
+        self.progress.message(f"{method}, {plural(edits, 'fact')}")
+        job = job_of(self.job, method)
+        settings = settings_of(job, self.base, edits, Silent())
+        row = Compared(method=method, edits=edits, layers=settings.layers, lam=settings.solve.lam)
+        try:
+            with self._editing(job, requests) as editing:
+                began = time.perf_counter()
+                edited = self._edited(editing, requests)
+                row = replace(
+                    row,
+                    seconds=time.perf_counter() - began,
+                    repairs=edited.rounds,
+                    moved=self._moved(edited),
                 )
-                try:
-                    with self._editing(job, requests) as editing:
-                        began = time.perf_counter()
-                        edited = self._edited(editing, requests)
-                        row = replace(
-                            row,
-                            seconds=time.perf_counter() - began,
-                            repairs=edited.rounds,
-                            moved=self._moved(edited),
-                        )
-                        editing.install(edited)
-                        after, _ = self._judged(requests, heldout, reference)
-                        yield replace(row, evaluation=after)
-                except (MemeditError, torch.OutOfMemoryError) as error:
-                    self.progress.message(f"{method}, {plural(count, 'fact')}: {error}")
-                    yield replace(row, failed=str(error))
+                editing.install(edited)
+                return replace(row, evaluation=self._judged(asked)[0])
+        except (MemeditError, torch.OutOfMemoryError) as error:
+            self.progress.message(f"{method}, {plural(edits, 'fact')}: {error}")
+            return replace(row, failed=str(error))
 
     def _source(self, method: Any, count: int) -> TokenSource:
         settings = settings_of(job_of(self.job, method), self.base, count, Silent())
@@ -254,17 +289,23 @@ class _Comparison:
             shares.append(float(one.update.delta_OI.norm()) / norm)
         return max(shares)
 
-    def _judged(
-        self,
-        requests: Sequence[EditRequest],
-        heldout: Sequence[Sequence[int]],
-        reference: DriftReference | None,
-    ) -> tuple[Evaluation, DriftReference]:
+    def _judged(self, asked: _Asked) -> tuple[Evaluation, DriftReference]:
         return judge(
             self.executor,
-            requests,
-            heldout=heldout,
-            reference=reference,
-            settings=self.job.evaluation_settings,
+            asked.requests,
+            heldout=asked.heldout,
+            reference=asked.reference,
+            settings=asked.settings,
             progress=self.progress,
         )
+
+
+def _mixed(pair: Pair, together: Compared, apart: Sequence[Compared]) -> Mixed:
+    row = Mixed(
+        method=together.method, relations=pair.relations, edits=pair.edits, lam=together.lam
+    )
+    runs = (together, *apart)
+    found = [run.evaluation for run in runs if run.evaluation is not None]
+    if len(found) < len(runs):
+        return replace(row, failed=next(run.failed for run in runs if run.failed))
+    return row.judged(*found)

@@ -13,9 +13,18 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from memedit.writing import whole_file
-from workflows.findings import METRIC, METRICS, interval_text, metrics_to_show, plural
+from workflows.metrics import (
+    BY_RELATION,
+    METRIC,
+    METRICS,
+    interval_text,
+    metrics_to_show,
+    pair_cells,
+    pairs_metric,
+)
 from workflows.pages import page_templates
 from workflows.plots import MUTED, SERIES, themed_svg
+from workflows.wording import plural
 
 _MARKERS = "os^Dv<>P"
 _DASHES: tuple[Any, ...] = ("-", (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
@@ -42,6 +51,7 @@ def write_comparison(result: Mapping[str, Any], path: Path) -> None:
             for key in ("score", "efficacy_exact", "neighbourhood", "drift_kl")
             if (drawn := curves_plot(rows, key))
         ],
+        pairs=_pairs_of(result["pairs"]),
     )
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -59,8 +69,11 @@ def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "shown": shown}
 
 
-_BY_RELATION = ("score", "efficacy_exact")
-"""Of these the first that was measured is shown by relation."""
+def _pairs_of(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    if not pairs:
+        return None
+    metric = pairs_metric(pairs)
+    return {"metric": metric, "rows": [{**row, "cells": pair_cells(row, metric)} for row in pairs]}
 
 
 def relations_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -68,7 +81,7 @@ def relations_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     judged = [row for row in rows if row["metrics"]]
     if not judged or len(judged[0]["relations"]) < 2:
         return None
-    key = next(k for k in _BY_RELATION if judged[0]["metrics"][k] is not None)
+    key = next(k for k in BY_RELATION if judged[0]["metrics"][k] is not None)
     metric, lines = METRIC[key], []
     for of_methods in zip(*(row["relations"] for row in judged), strict=True):
         first = of_methods[0]

@@ -22,8 +22,8 @@ from memedit.requests import EditRequest
 from memedit.stages import judge, predictions
 from workflows.corpora import open_corpus
 from workflows.facts import FactTable, read_facts
-from workflows.findings import SHOWN_RELATIONS
 from workflows.judgements import FACTS_TABLE_NAME, relation_metrics, write_judgements
+from workflows.metrics import SHOWN_RELATIONS
 from workflows.models import resolve_model
 from workflows.moments import CHARACTERS_PER_TOKEN
 from workflows.plain import write_result

@@ -7,8 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
-from workflows.findings import metrics_to_show, plural
+from workflows.metrics import metrics_to_show
 from workflows.tables import rows_table
+from workflows.wording import plural
 
 
 def ingest_tables(outcome: Any) -> Iterable[Table | str]:

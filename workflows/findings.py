@@ -7,260 +7,11 @@ Knows what the metrics mean and how to say it; knows neither terminals nor HTML
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 from memedit.outcome import EditOutcome, FactResult, TargetTrace
-
-Tone = Literal["better", "worse", "same"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """How one metric is named, printed and judged."""
-
-    key: str
-    label: str
-    meaning: str
-    percent: bool = True
-    higher_is_better: bool = True
-    decimals: int = 1
-    noise: float = 0.5
-    """A change smaller than this is called the same."""
-    needs: str
-    """What it is measured on."""
-    repeats: str | None = None
-    """The metric that it equals where every object is one token; then it is not shown."""
-
-    def show(self, value: float | None) -> str:
-        """The value for reading; `n/a` where there is none."""
-        return f"{value:.{self.decimals}f}" if _real(value) else "n/a"
-
-    def change(self, before: float | None, after: float | None) -> tuple[str, Tone]:
-        """The signed change and whether it is for the better."""
-        if before is None or after is None or not (_real(before) and _real(after)):
-            return "", "same"
-        change = after - before
-        tone: Tone = "better" if (change > 0) == self.higher_is_better else "worse"
-        return f"{change:+.{self.decimals}f}", "same" if abs(change) < self.noise else tone
-
-
-def interval_text(interval: Sequence[float] | None, metric: Metric | None = None) -> str:
-    """A 95% interval, as `92-98`, or as its metric is shown; nothing where there is none."""
-    decimals = 0 if metric is None or metric.percent else metric.decimals
-    return "" if interval is None else "-".join(f"{bound:.{decimals}f}" for bound in interval)
-
-
-def _real(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-METRICS = (
-    Metric(
-        key="efficacy",
-        needs="facts with a target_true",
-        label="Efficacy",
-        meaning="the new object is likelier than the old",
-    ),
-    Metric(
-        key="paraphrase",
-        needs="paraphrases of facts with a target_true",
-        label="Paraphrase",
-        meaning="the same, on reworded prompts",
-    ),
-    Metric(
-        key="neighbourhood",
-        needs="neighbourhood prompts",
-        label="Neighbourhood",
-        meaning="facts about other subjects still hold",
-    ),
-    Metric(
-        key="score",
-        needs="facts with a target_true, paraphrases and neighbourhood prompts",
-        label="Score",
-        meaning="harmonic mean of the three above",
-    ),
-    Metric(
-        key="efficacy_exact",
-        needs="facts",
-        label="Efficacy, exact",
-        meaning="every token is the model's first choice",
-    ),
-    Metric(
-        key="paraphrase_exact",
-        needs="paraphrases",
-        label="Paraphrase, exact",
-        meaning="the same, on reworded prompts",
-    ),
-    Metric(
-        key="neighbourhood_exact",
-        needs="neighbourhood prompts",
-        label="Neighbourhood, exact",
-        meaning="the same, on facts about other subjects",
-    ),
-    Metric(
-        key="efficacy_accuracy",
-        needs="facts",
-        label="Efficacy, tokens",
-        meaning="tokens that are the model's first choice",
-        repeats="efficacy_exact",
-    ),
-    Metric(
-        key="paraphrase_accuracy",
-        needs="paraphrases",
-        label="Paraphrase, tokens",
-        meaning="the same, on reworded prompts",
-        repeats="paraphrase_exact",
-    ),
-    Metric(
-        key="neighbourhood_accuracy",
-        needs="neighbourhood prompts",
-        label="Neighbourhood, tokens",
-        meaning="the same, on facts about other subjects",
-        repeats="neighbourhood_exact",
-    ),
-    Metric(
-        key="attribute",
-        needs="attribute prompts of facts with a target_true",
-        label="Attribute",
-        meaning="other subjects that have the new object still do",
-    ),
-    Metric(
-        key="portability",
-        needs="portability prompts",
-        label="Portability",
-        meaning="tokens of what follows from the facts are first choice",
-    ),
-    Metric(
-        key="generation", needs="facts", label="Generation", meaning="free text says the new object"
-    ),
-    Metric(
-        key="consistency",
-        needs="facts with generation_prompts and references",
-        label="Consistency",
-        meaning="free text is like texts about such subjects",
-    ),
-    Metric(
-        key="fluency",
-        needs="continuations (evaluation.fluency_facts)",
-        label="Fluency",
-        meaning="variety of free text; low when it repeats itself",
-        percent=False,
-        decimals=2,
-        noise=0.05,
-    ),
-    Metric(
-        key="perplexity",
-        needs="held-out text (evaluation.heldout_tokens)",
-        label="Perplexity",
-        meaning="surprise at held-out text; lower is better",
-        percent=False,
-        higher_is_better=False,
-        decimals=2,
-        noise=0.05,
-    ),
-    Metric(
-        key="neighbourhood_kl",
-        needs="neighbourhood prompts (evaluation.drift_prompts)",
-        label="Neighbourhood, KL",
-        meaning="shift of the next token for neighbours; lower is better",
-        percent=False,
-        higher_is_better=False,
-        decimals=3,
-        noise=0.005,
-    ),
-    Metric(
-        key="drift_kl",
-        needs="neighbourhood prompts (evaluation.drift_prompts)",
-        label="Drift, KL",
-        meaning="shift of the next token elsewhere; lower is better",
-        percent=False,
-        higher_is_better=False,
-        decimals=3,
-        noise=0.005,
-    ),
-    Metric(
-        key="drift_top1",
-        needs="neighbourhood prompts (evaluation.drift_prompts)",
-        label="Drift, same top-1",
-        meaning="other prompts whose likeliest token stayed",
-    ),
-)
-METRIC = {m.key: m for m in METRICS}
-
-
-def metrics_to_show(*measured: Mapping[str, float | None]) -> list[Metric]:
-    """The metrics that one of some models has, without those that repeat another in all of them."""
-
-    def says_more(metric: Metric) -> bool:
-        found = [(m.get(metric.key), m.get(metric.repeats or "")) for m in measured]
-        return any(value is not None and value != other for value, other in found)
-
-    return [metric for metric in METRICS if says_more(metric)]
-
-
-def resting_on(facts: Sequence[FactResult]) -> dict[str, int]:
-    """How many judgements each metric of facts is a share of."""
-    compared = [f for f in facts if f.efficacy is not None]
-    return {
-        "efficacy": len(compared),
-        "paraphrase": sum(len(f.paraphrase) for f in facts),
-        "neighbourhood": sum(len(f.neighbourhood) for f in facts),
-        "efficacy_exact": len(facts),
-        "paraphrase_exact": sum(len(f.paraphrase_exact) for f in facts),
-        "neighbourhood_exact": sum(len(f.neighbourhood_exact) for f in facts),
-        "efficacy_accuracy": len(facts),
-        "paraphrase_accuracy": sum(len(f.paraphrase_accuracy) for f in facts),
-        "neighbourhood_accuracy": sum(len(f.neighbourhood_accuracy) for f in facts),
-        "attribute": sum(len(f.attribute) for f in facts),
-        "portability": sum(len(f.portability) for f in facts),
-        "generation": len(facts),
-        "consistency": sum(f.consistency is not None for f in facts),
-        "neighbourhood_kl": sum(f.neighbourhood_kl is not None for f in facts),
-    }
-
-
-SHOWN_RELATIONS = 12
-"""How many relations a page or a terminal shows by themselves."""
-OF_A_RELATION = ("score", "efficacy", "efficacy_exact", "paraphrase", "neighbourhood")
-"""The metrics that they are shown with."""
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 fact`, `1,200 facts`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-SETTING_NAMES = {
-    "layers": "layers",
-    "lam": "λ",
-    "weight": "protect weight",
-    "lr": "learning rate",
-    "steps": "steps",
-    "clamp": "clamp",
-}
-"""What a person calls a setting that is searched."""
-
-
-def setting_text(value: Any) -> str:
-    """A setting for reading; layers as `5-9` where they are a run."""
-    if value is None:
-        return ""
-    if isinstance(value, list | tuple):
-        return layers_text(value).partition(" ")[2]
-    return f"{value:,g}" if abs(value) < 1e6 else f"{value:.3g}"
-
-
-def layers_text(layers: Iterable[int]) -> str:
-    """`layers 5-9` for a run of layers, `layers 3, 5, 8` otherwise."""
-    found = list(layers)
-    if len(found) == 1:
-        return f"layer {found[0]}"
-    if len(found) > 2 and found == list(range(found[0], found[-1] + 1)):
-        return f"layers {found[0]}\N{EN DASH}{found[-1]}"
-    return "layers " + ", ".join(map(str, found))
-
+from workflows.metrics import Tone, is_real
+from workflows.wording import plural
 
 # The verdict -----------------------------------------------------------------------------------
 
@@ -281,7 +32,7 @@ class Verdict:
 def verdict(outcome: EditOutcome) -> Verdict:
     """Say in words what the metrics of `outcome` say."""
     before, after = outcome.before.metrics, outcome.after.metrics
-    name = "efficacy" if _real(after.get("efficacy")) else "efficacy_exact"
+    name = "efficacy" if is_real(after.get("efficacy")) else "efficacy_exact"
     reached = after.get(name)
     facts = plural(outcome.facts.accepted, "fact")
     if reached is None or not math.isfinite(reached):
@@ -302,13 +53,13 @@ def verdict(outcome: EditOutcome) -> Verdict:
 
 def _success(before: dict[str, float | None], after: dict[str, float | None]) -> str:
     parts = []
-    if _real(after.get("efficacy")):
-        was = f" (before: {_whole(before['efficacy'])})" if _real(before.get("efficacy")) else ""
+    if is_real(after.get("efficacy")):
+        was = f" (before: {_whole(before['efficacy'])})" if is_real(before.get("efficacy")) else ""
         parts.append(f"prefers the new object for {_whole(after['efficacy'])} of the facts{was}")
-    if _real(after.get("paraphrase")):
+    if is_real(after.get("paraphrase")):
         parts.append(f"holds {_whole(after['paraphrase'])} of them when they are reworded")
     said = after.get("generation")
-    if _real(said):
+    if is_real(said):
         parts.append(f"says the new object in free text for {_whole(said)}")
     return f"The model now {_join(parts)}." if parts else ""
 
@@ -317,7 +68,7 @@ def _damage(before: dict[str, float | None], after: dict[str, float | None]) -> 
     """What was lost elsewhere, always against the base."""
     parts = []
     old, new = before.get("neighbourhood"), after.get("neighbourhood")
-    if old is not None and new is not None and _real(old) and _real(new):
+    if old is not None and new is not None and is_real(old) and is_real(new):
         lost = old - new
         points = f"from {old:.1f}% to {new:.1f}%"
         parts.append(
@@ -326,12 +77,12 @@ def _damage(before: dict[str, float | None], after: dict[str, float | None]) -> 
             else f"{lost:.1f} points of the facts about other subjects were lost ({points})"
         )
     old, new = before.get("perplexity"), after.get("perplexity")
-    if old is not None and new is not None and _real(old) and _real(new) and old > 0:
+    if old is not None and new is not None and is_real(old) and is_real(new) and old > 0:
         rise = 100 * (new / old - 1)
         verb = "rose" if rise > 0 else "fell"
         parts.append(f"perplexity on other text {verb} by {abs(rise):.1f}%")
     top1 = after.get("drift_top1")
-    if top1 is not None and _real(top1):
+    if top1 is not None and is_real(top1):
         parts.append(f"{top1:.0f}% of unrelated prompts keep their likeliest next word")
     return f"Elsewhere: {_join(parts)}." if parts else "Damage elsewhere was not measured."
 

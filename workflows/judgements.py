@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from memedit.evaluate import evaluation_of
 from memedit.outcome import FactResult
 from memedit.writing import whole_file
-from workflows.findings import plural
+from workflows.wording import plural
 
 FACTS_TABLE_NAME = "facts.parquet"
 

@@ -16,8 +16,8 @@ from memedit.config import EditSettings, digest_of
 from memedit.defaults import Defaults
 from memedit.errors import InputError
 from memedit.search import searchable
-from workflows.findings import plural
 from workflows.settings import WorkJob
+from workflows.wording import plural
 
 _GUESSED = {"layers": ("layers",), "λ": ("solve", "lam")}
 """What differs most from model to model: its name, and where a job sets it."""

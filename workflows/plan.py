@@ -42,7 +42,6 @@ from memedit.side_effects import consistency_sample
 from memedit.targets import default_tokens_per_batch
 from workflows.corpora import Corpus
 from workflows.facts import FactTable, read_facts
-from workflows.findings import layers_text, plural
 from workflows.models import resolve_model
 from workflows.moments import MIN_TOKENS_PER_WIDTH, check_window, corpus_of
 from workflows.outline import index_without_weights, outline
@@ -59,10 +58,12 @@ from workflows.session import (
     settings_origin,
 )
 from workflows.settings import PlanJob
+from workflows.wording import layers_text, plural
 
 EFFICIENCY: Mapping[str, float] = {
     "sampling": 0.3,
     "statistics": 0.65,
+    "protection": 0.4,
     "evaluation": 0.4,
     "targets": 0.65,
     "keys": 0.4,
@@ -134,7 +135,15 @@ def run_plan(job: PlanJob, progress: Progress) -> Mapping[str, Any]:
     spread: dict[str, Any] = {}
     if job.executor == "ray":
         sampled = _sampled(job, settings, counted=corpus is not None)
-        cut = cuts(encoded, settings, shape, sampled=sampled, counted=corpus is not None)
+        protected = _protected(settings, base.tokenizer, table.batch.requests)
+        cut = cuts(
+            encoded,
+            settings,
+            shape,
+            sampled=sampled,
+            counted=corpus is not None,
+            protected=protected * settings.protect.prompts,
+        )
         spread["schedule"] = schedule(stages, cut, workers=workers_of(job))
         spread["moved"] = moved(
             shape,
@@ -142,7 +151,7 @@ def run_plan(job: PlanJob, progress: Progress) -> Mapping[str, Any]:
             facts=len(encoded),
             workers=workers_of(job),
             model_bytes=base.checkpoint.size_bytes,
-            counted=corpus is not None,
+            moments=(corpus is not None) + (protected > 0),
         )
     took = spread["schedule"]["seconds"] if spread else time["seconds"]
     held = memory.get("process_mb") or memory["each_worker_mb"]
@@ -326,6 +335,9 @@ def _work(
         work["statistics"] = statistics_work(
             shape, layers=layers, tokens=moments.tokens, window=moments.window
         )
+    if length := _protected(settings, base.tokenizer, requests):
+        tokens = length * settings.protect.prompts
+        work["protection"] = statistics_work(shape, layers=layers, tokens=tokens, window=length)
     judged = _judged(job, base.tokenizer, requests)
     work["evaluation"] = evaluation_work(
         shape, tokens=judged.tokens, reads=judged.reads, generated=judged.generated
@@ -353,6 +365,25 @@ def _sampled(job: PlanJob, settings: EditSettings, *, counted: bool) -> list[int
     return [tokens for tokens in texts if tokens]
 
 
+def _protected(
+    settings: EditSettings, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
+) -> int:
+    """Tokens of a prompt that is protected, as long as the facts' own; 0 if none is."""
+    if settings.method != "memedit" or not settings.protect.prompts:
+        return 0
+    return round(_prompt_length(tokenizer, _some(requests)))
+
+
+def _some(requests: Sequence[EditRequest]) -> list[EditRequest]:
+    count = min(len(requests), _JUDGED_FACTS)
+    return [requests[i * len(requests) // count] for i in range(count)]
+
+
+def _prompt_length(tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> float:
+    """Tokens of a prompt, on average."""
+    return sum(len(encode(tokenizer, request.text)) for request in requests) / len(requests)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Judged:
     """Tokens that one evaluation reads, positions whose logits it needs, tokens it generates."""
@@ -366,8 +397,7 @@ def _judged(
     job: PlanJob, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
 ) -> _Judged:
     settings = job.evaluation_settings
-    count = min(len(requests), _JUDGED_FACTS)
-    sample = [requests[i * len(requests) // count] for i in range(count)]
+    sample = _some(requests)
     tokens = reads = generated = 0
     for request in sample:
         contexts = set(_asked(tokenizer, request))
@@ -376,8 +406,8 @@ def _judged(
         prompt, target = encode_completion(tokenizer, request.text, request.target_new)
         tokens += len(prompt)
         generated += len(target) + GENERATION_EXTRA_TOKENS
-    scale = len(requests) / count
-    prompt_length = sum(len(encode(tokenizer, r.text)) for r in sample) / count
+    scale = len(requests) / len(sample)
+    prompt_length = _prompt_length(tokenizer, sample)
     fluent = min(len(requests), settings.fluency_facts)
     neighbours = sum(len(r.neighbourhood) for r in sample) * scale
     drift = min(int(neighbours), settings.drift_prompts)

@@ -17,27 +17,20 @@ from markupsafe import Markup
 from memedit.evaluate import summarise
 from memedit.outcome import EditOutcome, FactResult
 from memedit.writing import whole_file
-from workflows.findings import (
+from workflows.findings import REASONS, Failure, failures, probability, sample, verdict, weakest
+from workflows.judgements import FACTS_TABLE_NAME, relation_metrics
+from workflows.metrics import (
     METRIC,
     OF_A_RELATION,
-    REASONS,
     SHOWN_RELATIONS,
-    Failure,
-    failures,
     interval_text,
-    layers_text,
     metrics_to_show,
-    plural,
-    probability,
     resting_on,
-    sample,
-    verdict,
-    weakest,
 )
-from workflows.judgements import FACTS_TABLE_NAME, relation_metrics
 from workflows.pages import cut, page_templates
 from workflows.plots import loss_plot, metrics_plot, norms_plot
 from workflows.progress import duration
+from workflows.wording import layers_text, plural
 
 SHOWN_FAILURES = 40
 """How many failed facts the page lists; the counts by reason are over all of them."""

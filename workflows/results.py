@@ -7,6 +7,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from memedit.outcome import EditOutcome
 from workflows.fact_tables import (
@@ -16,14 +17,13 @@ from workflows.fact_tables import (
     rejects_tables,
     why_tables,
 )
-from workflows.findings import (
+from workflows.metrics import (
     METRIC,
-    SETTING_NAMES,
     SHOWN_RELATIONS,
     interval_text,
     metrics_to_show,
-    plural,
-    setting_text,
+    pair_cells,
+    pairs_metric,
 )
 from workflows.submit_tables import run_table, runs_table
 from workflows.tables import (
@@ -34,6 +34,7 @@ from workflows.tables import (
     rows_table,
 )
 from workflows.version_tables import diff_tables, gc_tables, history_table, version_tables
+from workflows.wording import SETTING_NAMES, plural, setting_text
 
 
 def _console(stream: TextIO) -> Console:
@@ -131,19 +132,37 @@ def _show_relations(relations: Sequence[Mapping[str, Any]], console: Console) ->
     console.print(rows_table(None, names, rows))
 
 
-_COMPARED = ("score", "efficacy", "efficacy_exact", "paraphrase", "neighbourhood", "drift_kl")
+_COMPARED = ("score", "efficacy_exact", "paraphrase", "neighbourhood", "drift_kl")
+"""As many as 80 columns hold."""
 
 
 def show_comparison(result: Mapping[str, Any], stream: TextIO) -> None:
-    """A line a method and number of facts, with the metrics that matter most."""
+    """A line a method and number of facts, with the metrics that matter most; then the pairs."""
     console = _console(stream)
     rows = []
     for row in result["rows"]:
         found = row["metrics"] or {}
         shown = (METRIC[key].show(found.get(key)) for key in _COMPARED)
-        rows.append((f"{row['edits']:,}", row["method"], *shown, row["failed"] or ""))
-    names = ("facts", "method", *(METRIC[key].label for key in _COMPARED), "")
-    console.print(rows_table(None, names, rows))
+        rows.append((f"{row['edits']:,}", row["method"], *shown, ""))
+    labels = (METRIC[key].label.replace(", ", ",\n") for key in _COMPARED)
+    console.print(rows_table(None, ("facts", "method", *labels, ""), rows))
+    if result["pairs"]:
+        metric = pairs_metric(result["pairs"])
+        names = ("facts", "method", "together", "apart", "change", "95%", "relations")
+        rows = [
+            (
+                f"{row['edits']:,}",
+                row["method"],
+                *pair_cells(row, metric),
+                "\n".join(row["relations"]),
+            )
+            for row in result["pairs"]
+        ]
+        console.print(rows_table(f"{metric.label}, two relations at once", names, rows))
+    for row in (*result["rows"], *result["pairs"]):
+        if row["failed"]:
+            facts = plural(row["edits"], "fact")
+            console.print(Text(f"{row['method']}, {facts}: {row['failed']}"))
     console.print(f"all of it: {result['out']}")
 
 

@@ -19,8 +19,8 @@ from memedit.progress import Progress
 from memedit.requests import EditRequest
 from memedit.side_effects import DriftReference
 from workflows.facts import Reject
-from workflows.findings import METRIC
 from workflows.gates import Gate
+from workflows.metrics import METRIC
 from workflows.session import Base
 from workflows.settings import EditJob
 

@@ -15,7 +15,7 @@ from memedit.config import EditSettings
 from memedit.cost import ModelShape, from_factors, sampled_at_once, si
 from memedit.prompts import EncodedRequest
 from memedit.stages import FACTS_PER_KEY_UNIT, FACTS_PER_SCORE_UNIT, target_units
-from workflows.findings import plural
+from workflows.wording import plural
 
 _NUMBER_BYTES = 8  # sums and updates are float64
 _Z_BYTES = 4
@@ -36,6 +36,7 @@ def cuts(
     *,
     sampled: Sequence[int],
     counted: bool,
+    protected: int = 0,
 ) -> dict[str, Cut]:
     """The units of each stage, as `memedit.stages` and `memedit.collect` make them.
 
@@ -45,6 +46,7 @@ def cuts(
         shape: The model's.
         sampled: Tokens of each text that is sampled from the model.
         counted: Whether second moments are counted.
+        protected: Tokens of the prompts that are protected.
     """
     window, facts = settings.moments.window, len(requests)
     at_once = window * sampled_at_once(shape, window=window)
@@ -59,6 +61,8 @@ def cuts(
         found["sampling"] = Cut(sum(math.ceil(tokens / at_once) for tokens in sampled))
     if counted:
         found["statistics"] = Cut(math.ceil(settings.moments.tokens / TOKENS_PER_COUNT))
+    if protected:
+        found["protection"] = Cut(math.ceil(protected / TOKENS_PER_COUNT))
     return found
 
 
@@ -101,21 +105,22 @@ def moved(
     facts: int,
     workers: int,
     model_bytes: int,
-    counted: bool,
+    moments: int,
 ) -> dict[str, Any]:
     """Bytes between machines, at most: as if each worker had one of its own.
 
-    Texts and token ids are too few to count.
+    Texts and token ids are too few to count. `moments` is how many second moments of a layer are
+    counted: of the corpus, of the protected prompts.
     """
     m, n, i, o, w = len(layers), facts, shape.inner, shape.hidden, workers
     amounts = {
         "models": (2 * w * model_bytes, f"base and edited, 2 × {w:,} workers × {si(model_bytes)}B"),
         "z": (n * o * _Z_BYTES, f"{n:,} facts × {o:,} × {_Z_BYTES}"),
     }
-    if counted:
+    if moments:
         amounts["moments"] = (
-            m * w * i**2 * _NUMBER_BYTES,
-            f"{m} layers × {w:,} workers × {i:,}² × {_NUMBER_BYTES}, by rows",
+            moments * m * w * i**2 * _NUMBER_BYTES,
+            f"{moments} × {m} layers × {w:,} workers × {i:,}² × {_NUMBER_BYTES}, by rows",
         )
     if from_factors(shape, edits=n):
         amounts["keys"] = (m * n * (i + o) * 4, f"{m} layers × {n:,} facts × ({i:,} + {o:,}) × 4")

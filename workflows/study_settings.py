@@ -31,6 +31,13 @@ class CompareJob(FactsJob, StoringJob):
         group="Method",
         metavar="COUNTS",
     )
+    pairs: int = option(
+        0,
+        "Also edit so many pairs of relations together and apart: those with the most facts.",
+        group="Method",
+        metavar="N",
+        at_least=0,
+    )
     out: str = option(
         None,
         "Folder or s3:// prefix for the table, the judgements and the report; new or empty.",

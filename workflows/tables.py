@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from memedit.outcome import EditOutcome, FactResult
-from workflows.findings import interval_text, metrics_to_show, resting_on, sample
+from workflows.findings import sample
+from workflows.metrics import interval_text, metrics_to_show, resting_on
 
 _TONES = {"better": "blue", "worse": "dark_orange3", "same": "dim"}
 """Blue against orange: told apart by every common kind of colour blindness."""

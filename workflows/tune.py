@@ -32,7 +32,7 @@ from memedit.requests import EditBatch, EditRequest
 from memedit.search import Proposal, Rank, Space, search, searchable, values_of
 from memedit.writing import whole_file
 from workflows.facts import FactTable, read_facts
-from workflows.findings import METRIC, SETTING_NAMES, plural, setting_text
+from workflows.metrics import METRIC
 from workflows.moments import STATS_NAME, TokenSource, corpus_of, load_stats
 from workflows.origin import TunedRecord, digest_of_tuned, located
 from workflows.plain import write_result
@@ -53,6 +53,7 @@ from workflows.tuning_settings import TuneJob
 from workflows.tuning_table import TRIALS_NAME, write_trials
 from workflows.tuning_trial import Bench, Half, Trial
 from workflows.tuning_verdict import verdict_of
+from workflows.wording import SETTING_NAMES, plural, setting_text
 
 PAGE_NAME = "page.html"
 

@@ -14,10 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from memedit.writing import whole_file
-from workflows.findings import METRIC, METRICS, SETTING_NAMES, interval_text, setting_text
+from workflows.metrics import METRIC, METRICS, interval_text
 from workflows.pages import page_templates
 from workflows.plots import ACCENT, INK, MUTED, PAPER, themed_svg
 from workflows.progress import duration
+from workflows.wording import SETTING_NAMES, setting_text
 
 _HEADLINES = {
     "better": "Better settings were found.",

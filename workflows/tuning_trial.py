@@ -28,12 +28,13 @@ from memedit.search import Proposal, Rank, values_of
 from memedit.side_effects import DriftReference
 from memedit.stages import judge
 from workflows.editing import Editing, editing_for, target_digests
-from workflows.findings import METRIC, plural
 from workflows.gates import Gate
+from workflows.metrics import METRIC
 from workflows.moments import TokenSource, load_stats
 from workflows.progress import Timed
 from workflows.session import Base, encode_fact
 from workflows.tuning_settings import TuneJob
+from workflows.wording import plural
 
 _NEARER = 0.05
 """In nats a token; what is nearer than this to being said is so by chance."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from memedit.intervals import changes_of
 from memedit.outcome import Evaluation
-from workflows.findings import METRIC, Metric, Tone
+from workflows.metrics import METRIC, Metric, Tone
 
 
 def verdict_of(
@@ -54,7 +54,7 @@ def verdict_of(
     tone = _tone(metric, old, new, interval)
     sure = ""
     if interval is not None:
-        low, high = (_signed(metric, end) for end in interval)
+        low, high = (metric.signed(end) for end in interval)
         sure = f" (95%: {low} to {high})"
     if tone == "same" and abs(change) < metric.noise:
         text = f"{value}, as with the settings that the search began with{sure}."
@@ -62,7 +62,7 @@ def verdict_of(
     told = {"better": "", "worse": "; keep those", "same": ", no more than chance may give"}[tone]
     text = (
         f"{value}, against {metric.show(old)} with the settings that the search began with: "
-        f"{_signed(metric, change)}{sure}{told}."
+        f"{metric.signed(change)}{sure}{told}."
     )
     return {
         "before": old,
@@ -87,7 +87,3 @@ def _tone(metric: Metric, old: float, new: float, interval: tuple[float, float] 
 
 def _plain(interval: tuple[float, float] | None) -> list[float] | None:
     return None if interval is None else list(interval)
-
-
-def _signed(metric: Metric, change: float) -> str:
-    return f"{change:+.{metric.decimals}f}".replace("-", "\N{MINUS SIGN}")

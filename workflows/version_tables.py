@@ -13,8 +13,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from workflows.findings import METRIC, plural
+from workflows.metrics import METRIC
 from workflows.tables import plan_table, rows_table
+from workflows.wording import plural
 
 SHOWN = 20
 """How many facts of a kind, and how many settings, a person is shown."""

@@ -7,7 +7,9 @@ import pytest
 
 from memedit.outcome import METRIC_KEYS, EditOutcome, Evaluation, FactResult, TargetTrace
 from tests.workflows.outcomes import example_outcome
-from workflows.findings import METRICS, failures, layers_text, probability, sample, verdict, weakest
+from workflows.findings import failures, probability, sample, verdict, weakest
+from workflows.metrics import METRICS
+from workflows.wording import layers_text
 
 LOST = FactResult(
     case_id="a",

@@ -41,6 +41,7 @@ FACTS: list[dict[str, Any]] = [
     },
     {"subject": "Steve Jobs", "prompt": "I think that {} founded", "target_new": "Microsoft"},
 ]
+TEXTS = ("The Eiffel Tower is located in the city of", "I think that Steve Jobs founded")
 # GPT-NeoX 20B: its published sizes.
 NEOX: dict[str, Any] = {
     "hidden_size": 6144,
@@ -101,6 +102,22 @@ def test_the_bytes_are_those_that_a_run_writes(
     assert told["weights"]["bytes"] == len(layers) * HIDDEN * INNER * 4
 
 
+def test_protected_prompts_are_counted_where_there_are_some(model: Path, facts: Path) -> None:
+    """Each as long as the facts' own are on average."""
+    lengths = [len(tiny_tokenizer()(text)["input_ids"]) for text in TEXTS]
+    some = {"prompts": 40}
+    more = {"executor": "ray", "workers": 2, "protect": some}
+    told = plan(model, facts, **more)
+    tokens = 40 * round(sum(lengths) / len(lengths))
+    assert told["stages"]["protection"]["arithmetic"].startswith(f"{tokens} tokens × ")
+    assert told["schedule"]["protection"].split(": ")[1].startswith("1 unit over 2 workers")
+    assert told["moved"]["moments"].split(" = ")[1].startswith("2 × ")
+    for none in ({"method": "memit"}, {"protect": {"prompts": 0}}):
+        told = plan(model, facts, **(more | none))
+        assert "protection" not in told["stages"] and "protection" not in told["schedule"]
+        assert told["moved"]["moments"].split(" = ")[1].startswith("1 × ")
+
+
 def test_it_says_what_edit_would_do(model: Path, facts: Path) -> None:
     told = plan(model, facts, layers=(1, 2), targets={"steps": 7}, solve={"lam": 30.0})
     assert told["facts"]["read"] == told["facts"]["accepted"] == 2
@@ -109,7 +126,8 @@ def test_it_says_what_edit_would_do(model: Path, facts: Path) -> None:
     assert told["method"]["contexts"] == 6
     stages = told["stages"]
     assert list(stages) == [
-        *("sampling", "statistics", "evaluation", "targets", "keys", "solve", "repair", "files")
+        *("sampling", "statistics", "protection", "evaluation"),
+        *("targets", "keys", "solve", "repair", "files"),
     ]
     assert stages["targets"]["arithmetic"].startswith("6 steps × (4 × 1 blocks above × ")
     assert told["time"]["seconds"] == pytest.approx(

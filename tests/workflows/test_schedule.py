@@ -40,11 +40,11 @@ def test_one_worker_takes_as_long_as_the_work() -> None:
     assert many[0] == many[1] == pytest.approx(100 / 7 + 5, rel=0.01)
 
 
-@pytest.mark.parametrize("facts", [3, 100_000])
-def test_what_moves(facts: int) -> None:
+@pytest.mark.parametrize(("facts", "counted"), [(3, 1), (100_000, 1), (3, 2), (3, 0)])
+def test_what_moves(facts: int, counted: int) -> None:
     i, o = SHAPE.inner, SHAPE.hidden
-    told = moved(SHAPE, layers=(1, 2), facts=facts, workers=3, model_bytes=1000, counted=True)
-    moments, model, z = 2 * 3 * i * i * 8, 2 * 3 * 1000, facts * o * 4
+    told = moved(SHAPE, layers=(1, 2), facts=facts, workers=3, model_bytes=1000, moments=counted)
+    moments, model, z = counted * 2 * 3 * i * i * 8, 2 * 3 * 1000, facts * o * 4
     if facts == 3:  # factors: the keys and residuals of the facts
         keys, residuals, update = 2 * facts * (i + o) * 4, 0, facts * (i + o)
     else:  # sums, whatever the number of facts

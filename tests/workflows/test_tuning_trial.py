@@ -11,7 +11,7 @@ import pytest
 from memedit.config import EditSettings, EvaluationSettings
 from memedit.outcome import METRIC_KEYS, Evaluation, FactResult
 from memedit.search import Rank
-from workflows.findings import METRIC
+from workflows.metrics import METRIC
 from workflows.tuning_settings import TuneJob
 from workflows.tuning_trial import Half, Trial
 

@@ -20,7 +20,6 @@ from memedit.config import EditSettings, digest_of
 from memedit.errors import InputError
 from memedit.progress import Progress
 from memedit.requests import EditRequest
-from workflows.findings import plural
 from workflows.ingestion.claims import Held
 from workflows.ingestion.compacted import compacted_at
 from workflows.ingestion.fact_log import FactLog, request_of
@@ -32,6 +31,7 @@ from workflows.ingestion.settings import IngestJob
 from workflows.moments import STATS_NAME, TokenSource, corpus_of
 from workflows.session import Base, contexts_of, encode_fact, open_base, settings_of
 from workflows.settings import EditJob
+from workflows.wording import plural
 
 _VERSION = 1
 """Rises when the same facts and settings begin to give another model."""

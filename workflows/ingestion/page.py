@@ -19,12 +19,12 @@ from typing import Any, Literal
 from markupsafe import Markup
 
 from memedit.writing import whole_file
-from workflows.findings import METRIC, metrics_to_show, plural
 from workflows.ingestion.page_plots import Band, Timeline, facts_plot, metrics_plot
+from workflows.metrics import METRIC, metrics_to_show
 from workflows.pages import page_templates
 from workflows.plots import SERIES
 from workflows.version_tables import time_text
-from workflows.wording import without_keys
+from workflows.wording import plural, without_keys
 
 SHOWN_VERSIONS = 25
 """How many versions stand open; the older ones are folded."""

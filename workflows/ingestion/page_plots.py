@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from workflows.findings import METRIC
+from workflows.metrics import METRIC
 from workflows.plots import ACCENT, INK, MUTED, SERIES, WARM, themed_svg
 
 _COLUMNS_UP_TO = 40

@@ -18,13 +18,13 @@ from memedit.outcome import EditOutcome, Evaluation, FactResult
 from memedit.requests import EditRequest, Neighbour
 from memedit.stages import judge
 from workflows.facts import Reject
-from workflows.findings import plural
 from workflows.ingestion.canary import Canary, check_canaries, read_canaries
 from workflows.ingestion.desired import Desired
 from workflows.ingestion.rows import DIGEST
 from workflows.ingestion.settings import IngestJob
 from workflows.ingestion.verdict import Verdict
 from workflows.review import Trial, check_measurable, not_published
+from workflows.wording import plural
 
 _NEIGHBOURS = 5
 _HURT = 50

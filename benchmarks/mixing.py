@@ -1,0 +1,103 @@
+"""Relations together and apart: the paper's third experiment, by `memedit compare --pairs`.
+
+    python -m benchmarks.mixing                                # 60 facts at once, memit and memedit
+    python -m benchmarks.mixing --methods memit --count 20
+
+The table names no relations, so they are told from CounterFact's templates; the eight with the most
+facts make four pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from benchmarks.job import compare
+from benchmarks.material import add_material_arguments
+from benchmarks.record import append_row, save_json
+
+SHOWN = ("score", "efficacy", "paraphrase", "neighbourhood", "efficacy_exact")
+NAMES = {
+    "P27": "citizenship",
+    "P103": "mother tongue",
+    "P1412": "language spoken",
+    "P495": "country of origin",
+    "P413": "position played",
+    "P106": "occupation",
+    "P190": "twin city",
+    "P37": "official language",
+    "P127": "owner",
+    "P740": "place of founding",
+    "P449": "broadcaster",
+    "P30": "continent",
+}
+TEMPLATES = {
+    "P27": ("citizen of", "citizenship from"),
+    "P103": ("mother tongue of", ", a native", "native language of", "speaker of"),
+    "P1412": ("{} speaks", "language used by", "spoke the language", "writes in"),
+    "P495": ("created in", "originated in", "formulated in", "developed in"),
+    "P413": ("plays in the position", "plays the position", "position does", "plays as"),
+    "P106": ("profession of", "'s profession", "occupation", "works as"),
+    "P190": ("twin city",),
+    "P37": ("official language", "language spoken is", "they understand", "declares the language"),
+    "P127": (" owner", "owned by"),
+    "P740": ("founded in", "formed in", "started in"),
+    "P449": ("debut", "premiere", "released on", "aired on"),
+    "P30": ("continent",),
+}
+"""Parts of the templates that CounterFact words a relation with."""
+
+
+def main() -> None:
+    """Edit four pairs of relations, print and store a row each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_material_arguments(parser)
+    parser.add_argument("--methods", default="memit,memedit")
+    parser.add_argument("--count", type=int, default=60, help="facts of a relation")
+    parser.add_argument("--cache", type=Path, help="kept from run to run")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="memedit-mixing-") as folder:
+        facts = Path(folder) / "facts.jsonl"
+        write_facts(args.facts, facts, args.count)
+        more = ["--methods", args.methods, "--edits", "1", "--pairs", "4"]
+        more += ["--cache", str(args.cache or Path(folder) / "cache")]
+        out = Path(folder) / "compared"
+        found = compare(model=args.model, facts=facts, corpus=args.corpus, out=out, more=more)
+    for row in found["pairs"]:
+        names = [f"{NAMES[relation]} ({relation})" for relation in row["relations"]]
+        cells = {"relations": " + ".join(names), "facts at once": str(row["edits"])}
+        cells |= {"method": row["method"], "λ": f"{row['lam']:g}"}
+        for name in SHOWN:
+            low, high = row["changes"][name]
+            cells[name] = f"{row['together'][name]:.1f} / {row['apart'][name]:.1f}"
+            cells[name] += f" ({low:+.1f} to {high:+.1f})"
+        append_row("mixing", cells)
+        print("  ".join(f"{name} {value}" for name, value in cells.items()), flush=True)
+    save_json("mixing", found)
+
+
+def write_facts(table: Path, to: Path, count: int) -> None:
+    """The first facts of each relation, with its id."""
+    taken: Counter[str] = Counter()
+    with to.open("w", encoding="utf-8") as lines:
+        for line in table.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            relation = relation_of(row["prompt"])
+            if relation is not None and taken[relation] < count:
+                taken[relation] += 1
+                lines.write(json.dumps({**row, "relation_id": relation}) + "\n")
+
+
+def relation_of(template: str) -> str | None:
+    """The relation that a template words; None for others."""
+    for relation, parts in TEMPLATES.items():
+        if any(part in template for part in parts):
+            return relation
+    return None
+
+
+if __name__ == "__main__":
+    main()
