@@ -26,7 +26,7 @@ from memedit.files import LocalFiles
 from memedit.model import ModelSpec
 from memedit.progress import Progress, Silent, UnitReport
 
-_LASTING = ("load", "apply")
+_LASTING = ("load", "keep", "apply")
 """What changes a worker's model; a new worker does it again."""
 
 

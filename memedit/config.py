@@ -74,6 +74,9 @@ class SolveSettings:
     """Added to the diagonal of λ C as a fraction of its mean."""
     null_threshold: float = 0.02
     """AlphaEdit: an eigenvector of C whose eigenvalue is below this is one of its null space."""
+    sweeps: int = 1
+    """How often the layers are gone through from the lowest up; a further sweep spreads over them
+    what the facts still miss. ROME goes through its one layer once for each fact."""
     sums_above: int | None = None
     """With more facts than this a layer is solved from sums that are streamed over the workers, and
     nobody holds the keys of all; None where that is cheaper. Changes only the last bits."""

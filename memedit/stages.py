@@ -169,7 +169,9 @@ def solve_layers(
     """Spread the residuals over the layers, from the lowest up (MEMIT, Eq. 14, 19 and 20).
 
     Each layer is solved with the keys and the states that the updates below it have left; the
-    workers' models are edited in memory.
+    workers' models are edited in memory. In a further sweep they have a Δ' already, and what is
+    asked for is the whole Δ that takes its place, so that λ weighs the sum of all sweeps: the
+    residual then is R + Δ' K, what Δ' gives these keys besides what they still miss.
 
     Args:
         executor: Where keys are read and updates applied.
@@ -191,14 +193,17 @@ def solve_layers(
     """
     if [target.case_id for target in targets] != [_id(request) for request in requests]:
         raise ValueError("the targets are not those of the requests, in their order")
-    progress.start("solve", total=len(layers), unit="layers")
+    progress.start("solve", total=settings.sweeps * len(layers), unit="layers")
+    if settings.sweeps > 1:
+        executor.broadcast("keep", layers)
     z_NO = torch.stack([target.z_O for target in targets])
     units = [
         (start, requests[start : start + FACTS_PER_KEY_UNIT])
         for start in range(0, len(requests), FACTS_PER_KEY_UNIT)
     ]
-    solved: list[SolvedLayer] = []
-    for depth, layer in enumerate(layers):
+    solved: dict[int, SolvedLayer] = {}
+    for depth, layer in list(enumerate(layers)) * settings.sweeps:
+        before = solved[layer].update if layer in solved else None
         share = 1 / (len(layers) - depth) / residual_scale
         moment = moments[layer]
         summary, matrices = moment.summary, [moment.value_II]
@@ -215,7 +220,9 @@ def solve_layers(
             keys = _factors(executor, units, z_NO, layer, layers[-1])
         else:
             keys = _sums(executor, units, z_NO, share, layer, layers[-1], inputs)
-        solve = partial(_solve, method, keys, layer=layer, share=share, settings=settings)
+        solve = partial(
+            _solve, method, keys, layer=layer, share=share, settings=settings, before=before
+        )
         update: Update | None = None
         if device.type != "cpu":
             try:
@@ -230,14 +237,14 @@ def solve_layers(
             release_memory()
         if update is None:
             update = solve(matrices, device)
-        executor.broadcast("apply", update, stored[layer])
+        executor.broadcast("apply", update, stored[layer], before is not None)
         norm = keys.residual_norm
-        solved.append(SolvedLayer(update=update, residual_norm=norm, moment=summary))
+        solved[layer] = SolvedLayer(update=update, residual_norm=norm, moment=summary)
         del keys, solve, matrices
         trim_memory()
         progress.advance("solve", 1, residual=norm)
     progress.finish("solve")
-    return solved
+    return list(solved.values())
 
 
 def _solve(
@@ -249,25 +256,32 @@ def _solve(
     layer: int,
     share: float,
     settings: SolveSettings,
+    before: Update | None,
 ) -> Update:
     """The update of one layer; takes C out of `matrices`, since with a ridge there is another."""
     assert settings.lam is not None, "the defaults of every family set λ"
     factor = MomentFactor(matrices.pop(), ridge=settings.ridge, layer=layer)
     if isinstance(keys, _Sums):
         assert method.from_sums is not None, "or there would be factors"
+        keys_II, residual_keys_OI = keys.keys_II.to(device), keys.residual_keys_OI.to(device)
+        if before is not None:
+            residual_keys_OI += before.delta_OI.to(device) @ keys_II
         summed = SummedProblem(
             layer=layer,
-            keys_II=keys.keys_II.to(device),
-            residual_keys_OI=keys.residual_keys_OI.to(device),
+            keys_II=keys_II,
+            residual_keys_OI=residual_keys_OI,
             moment_II=factor.moment_II,
             lam=settings.lam,
             null_threshold=settings.null_threshold,
         )
         return method.from_sums(summed).cpu()
+    keys_NI, residuals_NO = keys.keys_NI.to(device), (keys.residuals_NO * share).to(device)
+    if before is not None:
+        residuals_NO += keys_NI @ before.delta_OI.T.to(device)
     problem = LayerProblem(
         layer=layer,
-        keys_NI=keys.keys_NI.to(device),
-        residuals_NO=(keys.residuals_NO * share).to(device),
+        keys_NI=keys_NI,
+        residuals_NO=residuals_NO,
         moment=factor,
         lam=settings.lam,
         null_threshold=settings.null_threshold,

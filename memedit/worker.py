@@ -73,11 +73,12 @@ class Worker:
         self._accumulator: MomentAccumulator | None = None
         self._tallies: dict[str, Tally] = {}
         self._passes: dict[int, KeyPass] = {}
+        self._kept: dict[int, Tensor] = {}
         self._room = Room()
 
     def load(self, spec: ModelSpec) -> Iterator[None]:
         """Let go of the model and of all state, and load another."""
-        self._accumulator, self._tallies, self._passes = None, {}, {}
+        self._accumulator, self._tallies, self._passes, self._kept = None, {}, {}, {}
         vars(self).pop("loaded", None)  # a load that failed has let go of it already
         release_memory()
         self.loaded = load_model(spec)
@@ -228,10 +229,25 @@ class Worker:
                     raise
             release_memory()
 
-    def apply(self, update: Update, stored: torch.dtype) -> Iterator[None]:
-        """Add an update to the weight in memory, rounded as it will be stored."""
+    def keep(self, layers: Sequence[int]) -> Iterator[None]:
+        """Remember the rewrite weights as they are, for updates that take the place of others."""
+        self._kept = {layer: self._weight(layer).cpu().clone() for layer in layers}
+        yield None
+
+    def apply(self, update: Update, stored: torch.dtype, anew: bool = False) -> Iterator[None]:
+        """Add an update to the weight in memory, rounded as it will be stored.
+
+        With `anew`, to the weight that was kept.
+        """
+        if anew:
+            self._weight(update.layer).copy_(self._kept[update.layer])
         add_update(self.loaded, update, stored)
         yield None
+
+    def _weight(self, layer: int) -> Tensor:
+        weight = self.loaded.arch.rewrite_module(self.loaded.model, layer).weight
+        assert isinstance(weight, Tensor)
+        return weight.data
 
     def score(
         self, requests: Sequence[EditRequest], settings: EvaluationSettings

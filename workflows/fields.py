@@ -52,6 +52,7 @@ AT_LEAST: dict[str, float] = {
     "moments.seed": 0,
     "moments.tolerance": 0,
     "solve.ridge": 0,
+    "solve.sweeps": 1,
     "solve.sums_above": 0,
     "protect.prompts": 0,
     "protect.weight": 0,

@@ -345,8 +345,9 @@ def _work(
     work["targets"] = targets_work(
         shape, layer=layers[-1], texts=texts, steps=settings.targets.steps
     )
-    work["keys"] = keys_work(shape, layers=layers, texts=texts)
-    work["solve"] = solve_work(shape, layers=layers, edits=len(requests))
+    sweeps = settings.solve.sweeps
+    work["keys"] = _times(sweeps, keys_work(shape, layers=layers, texts=texts))
+    work["solve"] = _times(sweeps, solve_work(shape, layers=layers, edits=len(requests)))
     if settings.method == "memedit" and settings.repair.rounds:
         rounds = settings.repair.rounds
         once = REPAIRED * work["targets"].value + work["keys"].value + work["solve"].value
@@ -355,6 +356,12 @@ def _work(
             how=f"{plural(rounds, 'round')} × ({REPAIRED:g} of the targets, keys and solve again)",
         )
     return work
+
+
+def _times(sweeps: int, amount: Amount) -> Amount:
+    if sweeps == 1:
+        return amount
+    return Amount(value=sweeps * amount.value, how=f"{sweeps} sweeps × ({amount.how})")
 
 
 def _sampled(job: PlanJob, settings: EditSettings, *, counted: bool) -> list[int]:

@@ -53,7 +53,10 @@ def cuts(
     found = {
         "evaluation": Cut(math.ceil(facts / FACTS_PER_SCORE_UNIT), passes=2),
         "targets": Cut(len(target_units(requests, settings.targets))),
-        "keys": Cut(math.ceil(facts / FACTS_PER_KEY_UNIT), passes=len(settings.layers)),
+        "keys": Cut(
+            math.ceil(facts / FACTS_PER_KEY_UNIT),
+            passes=settings.solve.sweeps * len(settings.layers),
+        ),
     }
     if settings.method == "memedit":  # its z vectors are most of it
         found["repair"] = found["targets"]
