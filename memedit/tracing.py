@@ -85,8 +85,8 @@ class FactTrace:
 
 
 def default_tokens_per_batch(device: torch.device) -> int:
-    """Positions held at once; a CPU wants what fills its cores, a GPU many."""
-    return 2048 * torch.get_num_threads() if device.type == "cpu" else 16384
+    """Positions held at once; a CPU wants what its caches hold, a GPU many."""
+    return 256 * torch.get_num_threads() if device.type == "cpu" else 16384
 
 
 @torch.inference_mode()

@@ -188,7 +188,7 @@ def on_ray(folder: Path) -> Iterator[Any]:
         yield executor
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_workers_are_killed_in_every_stage(
     on_ray: Any,
     folder: Path,
@@ -214,7 +214,7 @@ def test_workers_are_killed_in_every_stage(
     moments, targets, solved, evaluation = run(killing, folder, encoded)
     keys = "sum_keys" if summed else "keys"
     assert {"count", "targets", keys, "score", "damage"} <= killing.kills.keys()
-    assert killing.kills.total() >= 7  # in all seeds together more than 20
+    assert killing.kills.total() >= 7
 
     true_moments, true_targets, true_solved, true_evaluation = quiet
     for layer in LAYERS:
