@@ -3,8 +3,8 @@
     python -m benchmarks.mixing                                # 60 facts at once, memit and memedit
     python -m benchmarks.mixing --methods memit --count 20
 
-The table names no relations, so they are told from CounterFact's templates; the eight with the most
-facts make four pairs.
+The table names no relations, so they are told from CounterFact's templates; of those with the most
+facts, two and two with different objects make four pairs.
 """
 
 from __future__ import annotations
@@ -36,8 +36,14 @@ NAMES = {
 }
 TEMPLATES = {
     "P27": ("citizen of", "citizenship from"),
-    "P103": ("mother tongue of", ", a native", "native language of", "speaker of"),
-    "P1412": ("{} speaks", "language used by", "spoke the language", "writes in"),
+    "P103": (
+        "mother tongue of",
+        ", a native",
+        "native language of",
+        "speaker of",
+        "spoke the language",
+    ),
+    "P1412": ("{} speaks", "language used by", "writes in"),
     "P495": ("created in", "originated in", "formulated in", "developed in"),
     "P413": ("plays in the position", "plays the position", "position does", "plays as"),
     "P106": ("profession of", "'s profession", "occupation", "works as"),
@@ -66,17 +72,20 @@ def main() -> None:
         more += ["--cache", str(args.cache or Path(folder) / "cache")]
         out = Path(folder) / "compared"
         found = compare(model=args.model, facts=facts, corpus=args.corpus, out=out, more=more)
+    save_json("mixing", found)
     for row in found["pairs"]:
         names = [f"{NAMES[relation]} ({relation})" for relation in row["relations"]]
         cells = {"relations": " + ".join(names), "facts at once": str(row["edits"])}
         cells |= {"method": row["method"], "λ": f"{row['lam']:g}"}
         for name in SHOWN:
+            if row["failed"]:
+                cells[name] = row["failed"]
+                continue
             low, high = row["changes"][name]
             cells[name] = f"{row['together'][name]:.1f} / {row['apart'][name]:.1f}"
             cells[name] += f" ({low:+.1f} to {high:+.1f})"
         append_row("mixing", cells)
         print("  ".join(f"{name} {value}" for name, value in cells.items()), flush=True)
-    save_json("mixing", found)
 
 
 def write_facts(table: Path, to: Path, count: int) -> None:

@@ -27,7 +27,7 @@ from memedit.model import ModelSpec
 from memedit.progress import Progress, Silent, UnitReport
 
 _LASTING = ("load", "keep", "apply")
-"""What changes a worker's model; a new worker does it again."""
+"""What a worker's model is made by; a new worker does it again."""
 
 
 class RayExecutor(Executor):

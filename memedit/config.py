@@ -76,7 +76,7 @@ class SolveSettings:
     """AlphaEdit: an eigenvector of C whose eigenvalue is below this is one of its null space."""
     sweeps: int = 1
     """How often the layers are gone through from the lowest up; a further sweep spreads over them
-    what the facts still miss. ROME goes through its one layer once for each fact."""
+    what the facts still miss."""
     sums_above: int | None = None
     """With more facts than this a layer is solved from sums that are streamed over the workers, and
     nobody holds the keys of all; None where that is cheaper. Changes only the last bits."""
@@ -193,7 +193,10 @@ class EditSettings:
         """As plain values, without the sections that its method does not look at."""
         used = {"memedit": ("protect", "repair"), "ft": ("finetune",)}.get(self.method, ())
         others = {"protect", "repair", "finetune"} - set(used)
-        return {name: value for name, value in asdict(self).items() if name not in others}
+        found = {name: value for name, value in asdict(self).items() if name not in others}
+        if self.solve.sweeps == 1:  # what was made before there were several keeps its name
+            del found["solve"]["sweeps"]
+        return found
 
 
 def digest_of(*parts: object) -> str:

@@ -146,7 +146,7 @@ class SolvedLayer:
 
     update: Update
     residual_norm: float | None
-    """Mean ‖z − h^L‖ over the facts; None without z."""
+    """Mean ‖z − h^L‖ over the facts, in the last sweep; None without z."""
     moment: MomentSummary
 
 
@@ -177,7 +177,7 @@ def solve_layers(
         executor: Where keys are read and updates applied.
         requests: Encoded facts.
         targets: Their z vectors, in the same order.
-        moments: The second moment of each layer; looked up once each, and let go of.
+        moments: The second moment of each layer; looked up once a sweep, and let go of.
         layers: The edited layers, ascending.
         method: The closed form.
         settings: See `SolveSettings`; λ is set.
@@ -265,7 +265,7 @@ def _solve(
         assert method.from_sums is not None, "or there would be factors"
         keys_II, residual_keys_OI = keys.keys_II.to(device), keys.residual_keys_OI.to(device)
         if before is not None:
-            residual_keys_OI += before.delta_OI.to(device) @ keys_II
+            residual_keys_OI = residual_keys_OI + before.delta_OI.to(device) @ keys_II
         summed = SummedProblem(
             layer=layer,
             keys_II=keys_II,
@@ -277,7 +277,7 @@ def _solve(
         return method.from_sums(summed).cpu()
     keys_NI, residuals_NO = keys.keys_NI.to(device), (keys.residuals_NO * share).to(device)
     if before is not None:
-        residuals_NO += keys_NI @ before.delta_OI.T.to(device)
+        residuals_NO = residuals_NO + keys_NI @ before.delta_OI.T.to(device)
     problem = LayerProblem(
         layer=layer,
         keys_NI=keys_NI,

@@ -237,8 +237,10 @@ class Worker:
     def apply(self, update: Update, stored: torch.dtype, anew: bool = False) -> Iterator[None]:
         """Add an update to the weight in memory, rounded as it will be stored.
 
-        With `anew`, to the weight that was kept.
+        With `anew`, to the weight that was kept. A pass over some facts that is beyond this layer
+        began with the weight before, and is forgotten.
         """
+        self._passes = {u: p for u, p in self._passes.items() if p.entry <= update.layer}
         if anew:
             self._weight(update.layer).copy_(self._kept[update.layer])
         add_update(self.loaded, update, stored)

@@ -20,14 +20,14 @@ from memedit.config import ONE_LAYER, EvaluationSettings, MethodName
 from memedit.errors import InputError, MemeditError, NumericalError
 from memedit.executor import Executor
 from memedit.manifest import code_versions
-from memedit.outcome import Evaluation, RepairRound
+from memedit.outcome import Evaluation, FactResult, RepairRound
 from memedit.progress import Progress, Silent
 from memedit.requests import EditRequest
 from memedit.side_effects import DriftReference
 from memedit.stages import judge
 from workflows.editing import Edited, Editing, editing_for
 from workflows.facts import FactTable, read_facts
-from workflows.judgements import relation_metrics, write_judgements
+from workflows.judgements import Labels, relation_metrics, write_judgements
 from workflows.metrics import SHOWN_RELATIONS
 from workflows.mixing import Mixed, Pair, pairs_of
 from workflows.moments import TokenSource, corpus_of, load_stats
@@ -139,11 +139,7 @@ def run_compare(job: CompareJob, progress: Progress) -> Mapping[str, Any]:
         }
         write_judgements(
             publication.staging / JUDGEMENTS_NAME,
-            (
-                ({"method": row.method, "edits": row.edits}, row.evaluation.facts)
-                for row in rows
-                if row.evaluation is not None
-            ),
+            _judgements(rows, pairs),
         )
         from workflows.comparison_page import write_comparison  # brings matplotlib
 
@@ -151,6 +147,24 @@ def run_compare(job: CompareJob, progress: Progress) -> Mapping[str, Any]:
         write_result(publication.staging / RESULTS_NAME, result)
         publication.appear()
     return result
+
+
+def _judgements(
+    rows: Sequence[Compared], pairs: Sequence[Mixed]
+) -> Iterator[tuple[Labels, Sequence[FactResult]]]:
+    """Every judgement, with what tells it apart from the others of its fact."""
+
+    def labels(method: str, edits: int, pair: str = "", side: str = "") -> Labels:
+        return {"method": method, "edits": edits, "pair": pair, "side": side}
+
+    for row in rows:
+        if row.evaluation is not None:
+            yield labels(row.method, row.edits), row.evaluation.facts
+    for mixed in pairs:
+        for side, found in (("together", mixed.together), ("apart", mixed.apart)):
+            if found is not None:
+                pair = " + ".join(mixed.relations)
+                yield labels(mixed.method, mixed.edits, pair, side), found.facts
 
 
 def _need(table: FactTable, job: CompareJob) -> None:
@@ -306,6 +320,7 @@ def _mixed(pair: Pair, together: Compared, apart: Sequence[Compared]) -> Mixed:
     )
     runs = (together, *apart)
     found = [run.evaluation for run in runs if run.evaluation is not None]
-    if len(found) < len(runs):
-        return replace(row, failed=next(run.failed for run in runs if run.failed))
-    return row.judged(*found)
+    for name, run in zip(("together", *pair.relations), runs, strict=True):
+        if run.evaluation is None:
+            return replace(row, failed=f"{name}: {run.failed}")
+    return row.with_judgements(*found)

@@ -84,7 +84,7 @@ METRICS = (
         key="score",
         needs="facts with a target_true, paraphrases and neighbourhood prompts",
         label="Score",
-        meaning="harmonic mean of the three above",
+        meaning="harmonic mean of efficacy, paraphrase, neighbourhood",
     ),
     Metric(
         key="efficacy_exact",

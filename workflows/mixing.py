@@ -41,32 +41,47 @@ class Pair:
 
 
 def pairs_of(requests: Sequence[EditRequest], number: int) -> list[Pair]:
-    """The relations with the most facts, two and two, in the order of the facts.
+    """The relations with the most facts, two and two, whose objects are not mostly the same.
 
     Args:
         requests: The facts.
         number: How many pairs.
 
     Raises:
-        InputError: There are too few relations with at least two facts.
+        InputError: There are too few such relations with at least two facts.
     """
     found: dict[str, list[EditRequest]] = {}
     for request in requests:
         found.setdefault(request.relation, []).append(request)
-    groups = [group for group in found.items() if len(group[1]) > 1]
-    if len(groups) < 2 * number:
-        raise InputError(
-            f"{plural(number, 'pair')} of relations take {2 * number} relations with two facts or"
-            f" more, and there are {len(groups)}",
-            field="pairs",
-        )
-    groups.sort(key=lambda group: (-len(group[1]), group[0]))
-    pairs = []
-    for place in range(0, 2 * number, 2):
-        (one, of_one), (other, of_other) = groups[place : place + 2]
-        edits = len(of_other) // 2 * 2
-        pairs.append(Pair(relations=(one, other), facts=(of_one[:edits], of_other[:edits])))
+    groups = sorted(found.items(), key=lambda group: (-len(group[1]), group[0]))
+    pairs: list[Pair] = []
+    while len(pairs) < number:
+        groups = [group for group in groups if len(group[1]) > 1]
+        if len(groups) < 2:
+            raise InputError(
+                f"{plural(number, 'pair')} of relations take {2 * number} relations with two facts"
+                " or more each, two and two with different objects;"
+                f" {plural(len(pairs), 'pair')} can be made",
+                field="pairs",
+            )
+        (one, of_one), *groups = groups
+        other = next((group for group in groups if not _alike(of_one, group[1])), None)
+        if other is None:
+            continue
+        groups.remove(other)
+        edits = len(other[1]) // 2 * 2
+        facts = (of_one[:edits], other[1][:edits])
+        pairs.append(Pair(relations=(one, other[0]), facts=facts))
     return pairs
+
+
+def _alike(one: Sequence[EditRequest], other: Sequence[EditRequest]) -> bool:
+    """Whether two relations have mostly the same objects, as two wordings of one relation have."""
+    first, second = (
+        {text for fact in facts for text in (fact.target_new, fact.target_true) if text}
+        for facts in (one, other)
+    )
+    return 2 * len(first & second) > min(len(first), len(second))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +97,12 @@ class Mixed:
     failed: str | None = None
     """Why there are no evaluations."""
 
-    def judged(self, together: Evaluation, *apart: Evaluation) -> Mixed:
+    def with_judgements(self, together: Evaluation, *apart: Evaluation) -> Mixed:
         """With what was judged after an edit of both relations, and after one of each."""
         facts = [fact for each in apart for fact in each.facts]
         return replace(
             self,
-            together=evaluation_of(together.facts, {}),
+            together=together,
             apart=evaluation_of(facts, {}),
         )
 

@@ -86,12 +86,14 @@ class TunedRecord:
 
 
 def digest_of_tuned(settings: EditSettings) -> str:
-    """Identity of what a search decides: method, layers, λ, optimiser, weight of protected keys."""
+    """Identity of what a search decides, or λ hangs on: layers, sweeps, optimiser and the like."""
     targets = asdict(settings.targets)
     del targets["tokens_per_batch"]  # what suits the device
     numbers = {"lam": settings.solve.lam, **targets}
     if settings.method == "memedit":
         numbers["weight"] = settings.protect.weight
+    if settings.solve.sweeps > 1:
+        numbers["sweeps"] = settings.solve.sweeps
     numbers = {name: None if n is None else float(n) for name, n in numbers.items()}
     return digest_of(settings.method, settings.layers, numbers)
 

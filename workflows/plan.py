@@ -70,7 +70,8 @@ EFFICIENCY: Mapping[str, float] = {
     "solve": 0.5,
     "repair": 0.6,
 }
-"""The share of the matrix rate that a stage reaches: measured with SmolLM2 135M on a CPU."""
+"""The share of the matrix rate that a stage reaches: measured with SmolLM2 135M on a CPU, but for
+`protection`, whose short rows are taken to do as well as those of the evaluation."""
 REPAIRED = 0.2
 """The share of facts that is taken to be sought again in each round of repair."""
 FILE_BYTES_PER_S = 1e9
@@ -134,13 +135,12 @@ def run_plan(job: PlanJob, progress: Progress) -> Mapping[str, Any]:
     time = _time(device, stages, rates)
     spread: dict[str, Any] = {}
     if job.executor == "ray":
-        sampled = _sampled(job, settings, counted=corpus is not None)
-        protected = _protected(settings, base.tokenizer, table.batch.requests)
+        protected = _protected_length(settings, base.tokenizer, table.batch.requests)
         cut = cuts(
             encoded,
             settings,
             shape,
-            sampled=sampled,
+            sampled=_sampled(job, settings),
             counted=corpus is not None,
             protected=protected * settings.protect.prompts,
         )
@@ -151,7 +151,9 @@ def run_plan(job: PlanJob, progress: Progress) -> Mapping[str, Any]:
             facts=len(encoded),
             workers=workers_of(job),
             model_bytes=base.checkpoint.size_bytes,
-            moments=(corpus is not None) + (protected > 0),
+            moments_per_layer=(corpus is not None) + (protected > 0),
+            sweeps=settings.solve.sweeps,
+            repairs=settings.repair.rounds if settings.method == "memedit" else 0,
         )
     took = spread["schedule"]["seconds"] if spread else time["seconds"]
     held = memory.get("process_mb") or memory["each_worker_mb"]
@@ -329,13 +331,13 @@ def _work(
 ) -> dict[str, Amount]:
     layers, moments = settings.layers, settings.moments
     work: dict[str, Amount] = {}
-    if sampled := _sampled(job, settings, counted=corpus is not None):
+    if sampled := _sampled(job, settings):
         work["sampling"] = sampling_work(shape, tokens=sum(sampled), window=moments.window)
     if corpus is not None:
         work["statistics"] = statistics_work(
             shape, layers=layers, tokens=moments.tokens, window=moments.window
         )
-    if length := _protected(settings, base.tokenizer, requests):
+    if length := _protected_length(settings, base.tokenizer, requests):
         tokens = length * settings.protect.prompts
         work["protection"] = statistics_work(shape, layers=layers, tokens=tokens, window=length)
     judged = _judged(job, base.tokenizer, requests)
@@ -346,8 +348,8 @@ def _work(
         shape, layer=layers[-1], texts=texts, steps=settings.targets.steps
     )
     sweeps = settings.solve.sweeps
-    work["keys"] = _times(sweeps, keys_work(shape, layers=layers, texts=texts))
-    work["solve"] = _times(sweeps, solve_work(shape, layers=layers, edits=len(requests)))
+    work["keys"] = _in_sweeps(sweeps, keys_work(shape, layers=layers, texts=texts))
+    work["solve"] = _in_sweeps(sweeps, solve_work(shape, layers=layers, edits=len(requests)))
     if settings.method == "memedit" and settings.repair.rounds:
         rounds = settings.repair.rounds
         once = REPAIRED * work["targets"].value + work["keys"].value + work["solve"].value
@@ -358,30 +360,34 @@ def _work(
     return work
 
 
-def _times(sweeps: int, amount: Amount) -> Amount:
+def _in_sweeps(sweeps: int, amount: Amount) -> Amount:
     if sweeps == 1:
         return amount
     return Amount(value=sweeps * amount.value, how=f"{sweeps} sweeps × ({amount.how})")
 
 
-def _sampled(job: PlanJob, settings: EditSettings, *, counted: bool) -> list[int]:
-    """Tokens of each text that is sampled from the model: what is counted, and what is held out."""
+def _sampled(job: PlanJob, settings: EditSettings) -> list[int]:
+    """Tokens of each text that is sampled from the model: what is counted, and what is held out.
+
+    Names for protected prompts come out of what is, or would be, counted.
+    """
     if job.corpus != "self":
         return []
-    texts = [settings.moments.tokens if counted else 0, job.evaluation_settings.heldout_tokens]
+    needed = job.stats is None or settings.method == "memedit"
+    texts = [settings.moments.tokens if needed else 0, job.evaluation_settings.heldout_tokens]
     return [tokens for tokens in texts if tokens]
 
 
-def _protected(
+def _protected_length(
     settings: EditSettings, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
 ) -> int:
     """Tokens of a prompt that is protected, as long as the facts' own; 0 if none is."""
     if settings.method != "memedit" or not settings.protect.prompts:
         return 0
-    return round(_prompt_length(tokenizer, _some(requests)))
+    return round(_prompt_length(tokenizer, _sample_of(requests)))
 
 
-def _some(requests: Sequence[EditRequest]) -> list[EditRequest]:
+def _sample_of(requests: Sequence[EditRequest]) -> list[EditRequest]:
     count = min(len(requests), _JUDGED_FACTS)
     return [requests[i * len(requests) // count] for i in range(count)]
 
@@ -404,7 +410,7 @@ def _judged(
     job: PlanJob, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
 ) -> _Judged:
     settings = job.evaluation_settings
-    sample = _some(requests)
+    sample = _sample_of(requests)
     tokens = reads = generated = 0
     for request in sample:
         contexts = set(_asked(tokenizer, request))

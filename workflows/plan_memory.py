@@ -44,9 +44,11 @@ def memory_of(
     )
     stored = max(base.checkpoint.info(name).dtype.itemsize for name in names)
     driver = driver_memory(shape, layers=settings.layers, edits=texts.facts, itemsize=stored)
-    if job.stats is not None:  # nothing is counted
+    repaired = settings.method == "memedit"
+    if job.stats is not None and not (repaired and settings.protect.prompts):  # nothing is counted
         del worker["statistics"], driver["moments"]
-    if job.corpus == "self" and (job.stats is None or job.evaluation_settings.heldout_tokens):
+    sampled = job.stats is None or repaired or job.evaluation_settings.heldout_tokens
+    if job.corpus == "self" and sampled:
         worker["sampling"] = sampling_memory(
             shape, window=settings.moments.window, itemsize=itemsize
         )

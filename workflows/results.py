@@ -159,10 +159,11 @@ def show_comparison(result: Mapping[str, Any], stream: TextIO) -> None:
             for row in result["pairs"]
         ]
         console.print(rows_table(f"{metric.label}, two relations at once", names, rows))
-    for row in (*result["rows"], *result["pairs"]):
+    failed = [(row, plural(row["edits"], "fact")) for row in result["rows"]]
+    failed += [(row, " + ".join(row["relations"])) for row in result["pairs"]]
+    for row, what in failed:
         if row["failed"]:
-            facts = plural(row["edits"], "fact")
-            console.print(Text(f"{row['method']}, {facts}: {row['failed']}"))
+            console.print(Text(f"{row['method']}, {what}: {row['failed']}"))
     console.print(f"all of it: {result['out']}")
 
 

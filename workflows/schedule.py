@@ -108,39 +108,57 @@ def moved(
     facts: int,
     workers: int,
     model_bytes: int,
-    moments: int,
+    moments_per_layer: int,
+    sweeps: int = 1,
+    repairs: int = 0,
 ) -> dict[str, Any]:
     """Bytes between machines, at most: as if each worker had one of its own.
 
-    Texts and token ids are too few to count. `moments` is how many second moments of a layer are
-    counted: of the corpus, of the protected prompts.
+    Texts and token ids are too few to count.
+
+    Args:
+        shape: The model's.
+        layers: The edited layers.
+        facts: How many.
+        workers: How many.
+        model_bytes: Of the checkpoint.
+        moments_per_layer: How many are counted: of the corpus, of the protected prompts.
+        sweeps: Over the layers, in each solve.
+        repairs: Rounds, each of which loads the base and solves again.
     """
     m, n, i, o, w = len(layers), facts, shape.inner, shape.hidden, workers
+    loads, solved = 2 + repairs, sweeps * (1 + repairs) * m
     amounts = {
-        "models": (2 * w * model_bytes, f"base and edited, 2 × {w:,} workers × {si(model_bytes)}B"),
+        "models": (
+            loads * w * model_bytes,
+            f"base and edited, {loads:,} × {w:,} workers × {si(model_bytes)}B",
+        ),
         "z": (n * o * _Z_BYTES, f"{n:,} facts × {o:,} × {_Z_BYTES}"),
     }
-    if moments:
+    if moments_per_layer:
         amounts["moments"] = (
-            moments * m * w * i**2 * _NUMBER_BYTES,
-            f"{moments} × {m} layers × {w:,} workers × {i:,}² × {_NUMBER_BYTES}, by rows",
+            moments_per_layer * m * w * i**2 * _NUMBER_BYTES,
+            f"{moments_per_layer} × {m} layers × {w:,} workers × {i:,}² × {_NUMBER_BYTES}, by rows",
         )
     if from_factors(shape, edits=n):
-        amounts["keys"] = (m * n * (i + o) * 4, f"{m} layers × {n:,} facts × ({i:,} + {o:,}) × 4")
+        amounts["keys"] = (
+            solved * n * (i + o) * 4,
+            f"{solved} layers × {n:,} facts × ({i:,} + {o:,}) × 4",
+        )
         update, form = n * (i + o), f"{n:,} × ({i:,} + {o:,})"
     else:
         amounts["keys"] = (
-            m * w * i * (i + o) * _NUMBER_BYTES,
-            f"{m} layers × {w:,} workers × {i:,} × ({i:,} + {o:,}) × {_NUMBER_BYTES}, by rows",
+            solved * w * i * (i + o) * _NUMBER_BYTES,
+            f"{solved} layers × {w:,} workers × {i:,} × ({i:,} + {o:,}) × {_NUMBER_BYTES}, by rows",
         )
         amounts["residuals"] = (
-            m * n * o * _Z_BYTES,
-            f"z handed out again, {m} layers × {n:,} facts × {o:,} × {_Z_BYTES}",
+            solved * n * o * _Z_BYTES,
+            f"z handed out again, {solved} layers × {n:,} facts × {o:,} × {_Z_BYTES}",
         )
         update, form = i * o, f"{i:,} × {o:,}"
     amounts["updates"] = (
-        m * w * update * _NUMBER_BYTES,
-        f"{m} layers × {w:,} workers × {form} × {_NUMBER_BYTES}",
+        solved * w * update * _NUMBER_BYTES,
+        f"{solved} layers × {w:,} workers × {form} × {_NUMBER_BYTES}",
     )
     told: dict[str, Any] = {"bytes": sum(amount for amount, _ in amounts.values())}
     for name, (amount, how) in amounts.items():

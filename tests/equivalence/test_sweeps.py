@@ -143,3 +143,33 @@ def test_the_models_hold_the_whole_update_rounded_once(
         for one, weight in zip(found, held, strict=True):
             executor.broadcast("apply", one.update, torch.bfloat16)
             assert torch.equal(executor._worker._weight(one.update.layer), weight)
+
+
+def test_a_pass_that_was_ahead_begins_anew(spec: ModelSpec, targets: list[Target]) -> None:
+    """As that of a unit which another worker had for some layers of the second sweep."""
+    first, last = LAYERS_EDITED
+    generator = torch.Generator().manual_seed(9)
+
+    def update(layer: int) -> Update:
+        left_IO = torch.randn(INNER, HIDDEN, generator=generator).double() / 50
+        return Update(layer=layer, left_NO=left_IO, right_NI=None)
+
+    def keys(executor: Executor, layer: int) -> Tensor:
+        ((_, found),) = executor.map("keys", [(0, _requests(), layer, last)])
+        keys_NI: Tensor = found.keys_NI
+        return keys_NI
+
+    before, anew, above = update(first), update(first), update(last)
+    with InlineExecutor(spec) as executor:
+        executor.broadcast("keep", LAYERS_EDITED)
+        keys(executor, first)
+        executor.broadcast("apply", before, torch.float32)
+        old_NI = keys(executor, last)
+        executor.broadcast("apply", above, torch.float32)
+        executor.broadcast("apply", anew, torch.float32, True)
+        found_NI = keys(executor, last)
+    with InlineExecutor(spec) as executor:
+        executor.broadcast("apply", anew, torch.float32)
+        true_NI = keys(executor, last)
+    assert (found_NI - true_NI).norm() <= 1e-5 * true_NI.norm()
+    assert (old_NI - true_NI).norm() > 1e-2 * true_NI.norm()

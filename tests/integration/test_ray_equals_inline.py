@@ -177,7 +177,7 @@ def solved_by(
         moments=moments,
         layers=LAYERS,
         method=METHODS["memit"],
-        settings=SolveSettings(lam=20.0),
+        settings=SolveSettings(lam=20.0, sweeps=2),
         residual_scale=arch.residual_scale,
         stored=dict.fromkeys(LAYERS, torch.bfloat16),
         device=torch.device("cpu"),

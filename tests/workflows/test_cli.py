@@ -143,7 +143,7 @@ def test_every_flag_is_a_field_of_the_job_file(
         "matrix_gflops": 50.0, "keep": 3, "limit": 7, "keep_days": 1.5, "run": True, "remove": True,
         "quick": True, "format": "lora", "lora_rank": 16,
         "name": "night-1", "follow": True,
-        "methods": "memit,rome", "edits": "1,2",
+        "methods": "memit,rome", "edits": "1,2", "pairs": 4,
         "trials": 5, "budget_s": 60.0, "objective": "efficacy", "search": "lam,lr",
         "prompts": ["a", "b"], "address": "auto", "device": "cpu", "run_id": "x",
         "conflicts": "refuse", "most_retracted": 1.5, "judged_new": 3, "judged_all": 3,

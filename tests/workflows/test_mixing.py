@@ -29,8 +29,9 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
-def fact(subject: str, prompt: str) -> EditRequest:
-    return EditRequest(case_id=subject, subject=subject, prompt=prompt, target_new="Rome")
+def fact(subject: str, prompt: str, target: str | None = None) -> EditRequest:
+    new = target or f"object of {prompt}"
+    return EditRequest(case_id=subject, subject=subject, prompt=prompt, target_new=new)
 
 
 def test_the_relations_with_the_most_facts_are_paired() -> None:
@@ -42,8 +43,22 @@ def test_the_relations_with_the_most_facts_are_paired() -> None:
     assert [[f.subject for f in side] for side in first.judged] == [["b0", "b1"], ["c0", "c1"]]
     assert [f.subject for f in first.facts[1]] == ["c0", "c1", "c2", "c3"]
     assert pairs_of(facts, 0) == []
-    with pytest.raises(InputError, match=r"take 6 relations with two facts or more, and .* are 4"):
+    with pytest.raises(InputError, match=r"take 6 relations .* 2 pairs can be made"):
         pairs_of(facts, 3)
+
+
+def test_two_wordings_of_one_relation_are_no_pair() -> None:
+    names = {"{} speaks": 4, "{} is in": 3, "The language of {} is": 3, "{} plays": 2}
+    facts = [
+        fact(f"{name}{i}", name, f"{'language' if 'a' in name[3:] else name} {i % 2}")
+        for name, count in names.items()
+        for i in range(count)
+        if name != "{} plays"
+    ]
+    (pair,) = pairs_of(facts, 1)
+    assert pair.relations == ("{} speaks", "{} is in")
+    with pytest.raises(InputError, match="1 pair can be made"):
+        pairs_of(facts, 2)
 
 
 def compare(base: Path, folder: Path, *more: object) -> Ran:
@@ -84,6 +99,13 @@ def test_a_pair_is_judged_as_edit_would_write_it(base: Path, tmp_path: Path) -> 
     low, high = row["changes"]["efficacy_exact"]
     change = row["together"]["efficacy_exact"] - row["apart"]["efficacy_exact"]
     assert low <= change <= high
+    table = pq.read_table(tmp_path / "out" / "judgements.parquet").to_pylist()
+    for side, judged in (("together", together), ("apart", apart)):
+        found = {r["case_id"]: r["logprob_new"] for r in table if r["side"] == side}
+        assert found == {
+            name: pytest.approx(judged[name]["logprob_new"], abs=1e-4) for name in asked
+        }
+    assert abs(together[asked[0]]["logprob_new"] - apart[asked[0]]["logprob_new"]) > 1e-3
 
     page = (tmp_path / "out" / "page.html").read_text()
     assert "Two relations together and apart" in page and CITY in page

@@ -106,12 +106,21 @@ def test_protected_prompts_are_counted_where_there_are_some(model: Path, facts: 
     """Each as long as the facts' own are on average."""
     lengths = [len(tiny_tokenizer()(text)["input_ids"]) for text in TEXTS]
     some = {"prompts": 40}
-    more = {"executor": "ray", "workers": 2, "protect": some}
+    more: dict[str, Any] = {"executor": "ray", "workers": 2, "protect": some, "layers": (1, 2)}
     told = plan(model, facts, **more)
     tokens = 40 * round(sum(lengths) / len(lengths))
     assert told["stages"]["protection"]["arithmetic"].startswith(f"{tokens} tokens × ")
     assert told["schedule"]["protection"].split(": ")[1].startswith("1 unit over 2 workers")
     assert told["moved"]["moments"].split(" = ")[1].startswith("2 × ")
+    given = {"stats": str(write(facts.parent / "stats.json")), "solve": {"lam": 1.0, "sweeps": 2}}
+    some_given = plan(model, facts, **(more | given))
+    assert "statistics" not in some_given["stages"]
+    assert {"sampling", "protection"} <= some_given["stages"].keys()
+    assert "worker_statistics" in some_given["memory"]
+    assert some_given["moved"]["moments"].split(" = ")[1].startswith("1 × ")
+    for stage in ("keys", "solve"):
+        assert some_given["stages"][stage]["arithmetic"].startswith("2 sweeps × (")
+    assert "4 times one after the other" in some_given["schedule"]["keys"]
     for none in ({"method": "memit"}, {"protect": {"prompts": 0}}):
         told = plan(model, facts, **(more | none))
         assert "protection" not in told["stages"] and "protection" not in told["schedule"]
@@ -143,7 +152,7 @@ def test_what_is_there_already_costs_nothing(model: Path, facts: Path, tmp_path:
     told = plan(model, facts, corpus=str(corpus))
     assert "sampling" not in told["stages"]
     assert told["statistics"]["bytes"] == corpus.stat().st_size
-    told = plan(model, facts, stats=str(tmp_path / "stats"))
+    told = plan(model, facts, stats=str(tmp_path / "stats"), method="memit")
     assert "statistics" not in told["stages"]
     assert "driver_moments" not in told["memory"]
     # Held-out text is sampled all the same.
@@ -177,7 +186,7 @@ def test_workers_divide_time_and_keys(model: Path, facts: Path) -> None:
     here = plan(model, facts)
     assert "process_mb" in here["memory"] and not {"schedule", "moved"} & here.keys()
     models = [told["moved"]["models"] for told in (alone, four)]
-    assert "2 × 1 workers" in models[0] and "2 × 4 workers" in models[1]
+    assert "4 × 1 workers" in models[0] and "4 × 4 workers" in models[1]
     assert alone["moved"]["bytes"] < four["moved"]["bytes"]
 
 

@@ -40,14 +40,27 @@ def test_one_worker_takes_as_long_as_the_work() -> None:
     assert many[0] == many[1] == pytest.approx(100 / 7 + 5, rel=0.01)
 
 
-@pytest.mark.parametrize(("facts", "counted"), [(3, 1), (100_000, 1), (3, 2), (3, 0)])
-def test_what_moves(facts: int, counted: int) -> None:
+@pytest.mark.parametrize(
+    ("facts", "counted", "sweeps", "repairs"),
+    [(3, 1, 1, 0), (100_000, 1, 1, 0), (3, 2, 2, 0), (100_000, 0, 2, 3)],
+)
+def test_what_moves(facts: int, counted: int, sweeps: int, repairs: int) -> None:
     i, o = SHAPE.inner, SHAPE.hidden
-    told = moved(SHAPE, layers=(1, 2), facts=facts, workers=3, model_bytes=1000, moments=counted)
-    moments, model, z = counted * 2 * 3 * i * i * 8, 2 * 3 * 1000, facts * o * 4
+    told = moved(
+        SHAPE,
+        layers=(1, 2),
+        facts=facts,
+        workers=3,
+        model_bytes=1000,
+        moments_per_layer=counted,
+        sweeps=sweeps,
+        repairs=repairs,
+    )
+    moments, model, z = counted * 2 * 3 * i * i * 8, (2 + repairs) * 3 * 1000, facts * o * 4
+    solved = 2 * sweeps * (1 + repairs)
     if facts == 3:  # factors: the keys and residuals of the facts
-        keys, residuals, update = 2 * facts * (i + o) * 4, 0, facts * (i + o)
+        keys, residuals, update = solved * facts * (i + o) * 4, 0, facts * (i + o)
     else:  # sums, whatever the number of facts
-        keys, residuals, update = 2 * 3 * i * (i + o) * 8, 2 * z, i * o
-    assert told["bytes"] == moments + model + z + keys + residuals + 2 * 3 * update * 8
+        keys, residuals, update = solved * 3 * i * (i + o) * 8, solved * z, i * o
+    assert told["bytes"] == moments + model + z + keys + residuals + solved * 3 * update * 8
     assert ("by rows" in told["keys"]) == (facts > 3)
