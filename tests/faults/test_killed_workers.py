@@ -100,13 +100,25 @@ class Given:
     def __init__(self) -> None:
         self.holders: dict[tuple[str, Any], int] = {}
         self.again: Counter[tuple[str, int]] = Counter()
+        self.layer = self.sweep = 0
 
     def note(self, method: str, unit: tuple[Any, ...], process: int) -> None:
-        for piece in _pieces(method, unit):
+        for piece in self._pieces(method, unit):
             holder = self.holders.get((method, piece))
             if holder is not None:
                 self.again[method, holder] += 1
             self.holders[method, piece] = process
+
+    def _pieces(self, method: str, unit: tuple[Any, ...]) -> list[Any]:
+        """What a unit consists of, by names that are the same when it is given out again."""
+        if method in COPIED:
+            return [getattr(fact, "request", fact).case_id for fact in unit[0]]
+        if method not in ("keys", "sum_keys"):
+            return [unit[0]]
+        layer = unit[-2]
+        self.sweep += layer < self.layer
+        self.layer = layer
+        return [(unit[0], layer, self.sweep)]
 
     def check(self, killing: Killing) -> None:
         """Only what a killed worker had not finished is done again, and all that it had summed."""
@@ -116,13 +128,6 @@ class Given:
                 assert method in COPIED and units <= AT_A_TIME, (method, pieces)
             elif method not in SUMS:
                 assert units <= AT_A_TIME + (method in COPIED), (method, pieces)
-
-
-def _pieces(method: str, unit: tuple[Any, ...]) -> list[Any]:
-    """What a unit consists of, by names that are the same when it is given out again."""
-    if method in COPIED:
-        return [getattr(fact, "request", fact).case_id for fact in unit[0]]
-    return [(unit[0], unit[-2]) if method in ("keys", "sum_keys") else unit[0]]
 
 
 @pytest.fixture(scope="module")
