@@ -100,11 +100,7 @@ class Mixed:
     def with_judgements(self, together: Evaluation, *apart: Evaluation) -> Mixed:
         """With what was judged after an edit of both relations, and after one of each."""
         facts = [fact for each in apart for fact in each.facts]
-        return replace(
-            self,
-            together=together,
-            apart=evaluation_of(facts, {}),
-        )
+        return replace(self, together=together, apart=evaluation_of(facts, {}))
 
     def summary(self) -> dict[str, Any]:
         """Without the judgements of single facts; `changes` is together less apart, 95%."""

@@ -10,11 +10,12 @@ from memedit.config import SolveSettings
 from memedit.executor import Executor, InlineExecutor
 from memedit.files import LocalFiles
 from memedit.model import ModelSpec
-from memedit.moments import SecondMoment, Spread
+from memedit.moments import SecondMoment
 from memedit.progress import Silent
 from memedit.solve import METHODS, Update
 from memedit.stages import SolvedLayer, solve_layers
 from memedit.targets import Target
+from tests.memedit.made_edits import made_moments, made_targets
 from tests.memedit.test_devices import LAYERS_EDITED, _requests
 from tests.tiny import HIDDEN, INNER, save_tiny
 
@@ -30,31 +31,12 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
 
 @pytest.fixture(scope="module")
 def moments() -> dict[int, SecondMoment]:
-    generator = torch.Generator().manual_seed(5)
-    found = {}
-    for layer in LAYERS_EDITED:
-        keys_TI = torch.randn(4 * INNER, INNER, generator=generator).double() / 8
-        spread = Spread(batches=1, mean_SS=torch.eye(2), squares_SS=torch.eye(2))
-        found[layer] = SecondMoment(
-            layer=layer, sum_II=keys_TI.T @ keys_TI, tokens=4 * INNER, trace_0=0.0, spread=spread
-        )
-    return found
+    return made_moments(LAYERS_EDITED, scale=1 / 8)
 
 
 @pytest.fixture(scope="module")
 def targets() -> list[Target]:
-    generator = torch.Generator().manual_seed(3)
-    return [
-        Target(
-            case_id=r.request.case_id,
-            z_O=torch.randn(HIDDEN, generator=generator),
-            h_norm=1.0,
-            delta_norm=1.0,
-            losses=(1.0,),
-            converged=True,
-        )
-        for r in _requests()
-    ]
+    return made_targets(_requests())
 
 
 def solved(

@@ -15,15 +15,15 @@ from memedit.config import EvaluationSettings, SolveSettings
 from memedit.executor import InlineExecutor
 from memedit.files import LocalFiles
 from memedit.model import ModelSpec
-from memedit.moments import SecondMoment, Spread
+from memedit.moments import SecondMoment
 from memedit.requests import EditRequest
 from memedit.side_effects import DriftReference
 from memedit.solve import METHODS, Method, MomentFactor
 from memedit.stages import SolvedLayer, solve_layers
-from memedit.targets import Target
 from tests.heard import Heard
+from tests.memedit.made_edits import made_moments, made_targets
 from tests.memedit.test_devices import LAYERS_EDITED, _requests
-from tests.tiny import HIDDEN, INNER, save_tiny
+from tests.tiny import save_tiny
 
 SMALL = torch.device("meta")
 """Stands for a GPU, which has no room."""
@@ -37,32 +37,13 @@ def _solved(
     method: Method = METHODS["memit"],
     ridge: float = 0.0,
 ) -> list[SolvedLayer]:
-    generator = torch.Generator().manual_seed(3)
     requests = _requests()
-    targets = [
-        Target(
-            case_id=r.request.case_id,
-            z_O=torch.randn(HIDDEN, generator=generator),
-            h_norm=1.0,
-            delta_norm=1.0,
-            losses=(1.0,),
-            converged=True,
-        )
-        for r in requests
-    ]
-    moments = {}
-    for layer in LAYERS_EDITED:
-        keys_TI = torch.randn(4 * INNER, INNER, generator=generator).double()
-        spread = Spread(batches=1, mean_SS=torch.eye(2), squares_SS=torch.eye(2))
-        moments[layer] = SecondMoment(
-            layer=layer, sum_II=keys_TI.T @ keys_TI, tokens=4 * INNER, trace_0=0.0, spread=spread
-        )
     with InlineExecutor(ModelSpec(files=LocalFiles(folder))) as executor:
         return solve_layers(
             executor,
             requests,
-            targets,
-            moments=moments,
+            made_targets(requests),
+            moments=made_moments(LAYERS_EDITED),
             layers=LAYERS_EDITED,
             method=method,
             settings=SolveSettings(lam=10.0, ridge=ridge),
