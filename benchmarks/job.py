@@ -8,12 +8,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.material import shown
+
 ROOT = Path(__file__).resolve().parents[1]
+_DECIMALS = {"fluency": 2, "perplexity": 2, "drift_kl": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,17 @@ def compare(
     words += ["--out", str(out), *more]
     done = subprocess.run(words, stdout=subprocess.PIPE, check=True, cwd=ROOT)
     return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def metric_cells(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
+    """Metrics of one row of a comparison as cells of a table, two of them with 95% intervals."""
+    if row["failed"]:
+        return dict.fromkeys(names, "") | {names[0]: f"failed: {row['failed']}"}
+    cells = shown({name: row["metrics"][name] for name in names}, _DECIMALS)
+    for name in ("score", "efficacy_exact"):
+        if interval := row["intervals"].get(name):
+            cells[name] += f" ({interval[0]:.1f} to {interval[1]:.1f})"
+    return cells
 
 
 def checkpoint_bytes_float32(folder: Path) -> int:

@@ -84,6 +84,18 @@ def add_material_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves its choice")
 
 
+def add_half_argument(parser: argparse.ArgumentParser) -> None:
+    """Which half of the table: settings are chosen on the first, figures come from the second."""
+    parser.add_argument("--half", choices=("first", "second"), default="second")
+
+
+def half_of(path: Path, half: str) -> list[str]:
+    """The lines of one half of a JSON lines fact table."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    middle = len(lines) // 2
+    return lines[:middle] if half == "first" else lines[middle:]
+
+
 def spec_of(args: argparse.Namespace) -> ModelSpec:
     """The model that the arguments name, float32; sets torch's threads."""
     if args.threads:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.methods                                  # memit and memedit, 250 facts
     python -m benchmarks.methods --time --seeds 0                 # what memedit takes more
-    python -m benchmarks.methods --part first --set protect.weight=5    # to choose settings
+    python -m benchmarks.methods --half first --set protect.weight=5    # to choose settings
 
 Facts are drawn by seed from one half of the table: settings are chosen on the first, figures come
 from the second. `--time` runs `memedit edit` with each method; the first begins with an empty
@@ -19,12 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.job import compare, run_edit
-from benchmarks.material import SCORES, add_material_arguments, shown
+from benchmarks.job import compare, metric_cells, run_edit
+from benchmarks.material import SCORES, add_half_argument, add_material_arguments, half_of
 from benchmarks.record import append_row, save_json
 
 BESIDE = ("perplexity", "drift_kl", "drift_top1")
-DECIMALS = {"drift_kl": 3, "perplexity": 2}
 
 
 def main() -> None:
@@ -34,18 +33,14 @@ def main() -> None:
     parser.add_argument("--methods", default="memit,memedit")
     parser.add_argument("--count", type=int, default=250, help="of facts")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--part", choices=("first", "second"), default="second", help="of the table"
-    )
+    add_half_argument(parser)
     parser.add_argument("--time", action="store_true", help="time whole jobs")
     parser.add_argument("--cache", type=Path, help="kept from run to run, to try settings")
     parser.add_argument("--set", action="append", default=[], dest="changes", metavar="FIELD=VALUE")
     args = parser.parse_args()
-    lines = args.facts.read_text(encoding="utf-8").splitlines()
-    half = len(lines) // 2
-    part = lines[:half] if args.part == "first" else lines[half:]
+    lines = half_of(args.facts, args.half)
     for seed in args.seeds:
-        drawn = random.Random(seed).sample(part, args.count)
+        drawn = random.Random(seed).sample(lines, args.count)
         with tempfile.TemporaryDirectory(prefix="memedit-methods-") as folder:
             facts = Path(folder) / "facts.jsonl"
             facts.write_text("\n".join(drawn) + "\n", encoding="utf-8")
@@ -64,18 +59,10 @@ def judge(args: argparse.Namespace, seed: int, facts: Path, more: Sequence[str])
         more=["--methods", args.methods, "--edits", str(args.count), *more],
     )
     for row in found["rows"]:
-        cells = {"facts": str(args.count), "half": args.part, "seed": str(seed)}
+        cells = {"facts": str(args.count), "half": args.half, "seed": str(seed)}
         cells |= {"method": row["method"], "λ": "" if row["lam"] is None else f"{row['lam']:g}"}
-        if row["failed"]:
-            cells |= dict.fromkeys((*SCORES, *BESIDE, "repairs"), "") | {"repairs": row["failed"]}
-        else:
-            metrics, intervals = row["metrics"], row["intervals"]
-            cells |= shown({name: metrics[name] for name in (*SCORES, *BESIDE)}, DECIMALS)
-            for name in ("score", "efficacy_exact"):
-                low, high = intervals[name]
-                cells[name] += f" ({low:.1f} to {high:.1f})"
-            cells["repairs"] = _repairs(row["repairs"])
-        cells["set"] = " ".join(args.changes)
+        cells |= metric_cells(row, (*SCORES, *BESIDE))
+        cells |= {"repairs": _repairs(row["repairs"]), "set": " ".join(args.changes)}
         append_row("methods", cells)
         print("  ".join(f"{name} {value}" for name, value in cells.items()), flush=True)
     save_json(f"methods-{args.count}-{seed}", found)
