@@ -17,6 +17,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 TORCH_INDEX ?=
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
+# A process for each core takes half of what the other has left, so that most modules stay in one.
+SPREAD := $(BIN)/python -m pytest -n auto --dist worksteal
+
 help:  ## This list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
 
@@ -35,9 +38,11 @@ demo: $(STAMP)  ## Edit the embedded default model with examples/facts.jsonl
 
 test: $(STAMP)  ## All tests: those of Ray, which wait, beside those that compute; then what must be alone
 	@mkdir -p build; $(BIN)/python -m pytest --durations=15 -m "ray and not alone" > build/ray-tests.log 2>&1 & ray=$$!; \
-	nice $(BIN)/python -m pytest -n auto --durations=25 -m beside; beside=$$?; \
+	nice $(SPREAD) --durations=25 -m beside; beside=$$?; \
 	wait $$ray; of_ray=$$?; cat build/ray-tests.log; exit $$(( beside + of_ray ))
-	$(BIN)/python -m pytest --durations=15 -m alone
+	@$(BIN)/python -m pytest --durations=15 -m "ray and alone" > build/ray-tests.log 2>&1 & ray=$$!; \
+	$(BIN)/python -m pytest --durations=15 -m "alone and not ray"; alone=$$?; \
+	wait $$ray; of_ray=$$?; cat build/ray-tests.log; exit $$(( alone + of_ray ))
 
 check: lint unit  ## Style, types, import directions and the fast tests of single modules
 
@@ -48,7 +53,7 @@ lint: $(STAMP)  ## Style, types and import directions
 	$(BIN)/lint-imports
 
 unit: $(STAMP)  ## The fast tests of single modules, one process a core
-	$(BIN)/python -m pytest -n auto -m unit
+	$(SPREAD) -m unit
 
 bench: $(STAMP)  ## Every figure of benchmarks/, one after the other
 	$(BIN)/python -m benchmarks.quality

@@ -359,7 +359,13 @@ def evaluation_work(shape: ModelShape, *, tokens: int, reads: int, generated: in
 
 
 def worker_memory(
-    shape: ModelShape, *, layers: Sequence[int], texts: TextCounts, itemsize: int, workers: int = 1
+    shape: ModelShape,
+    *,
+    layers: Sequence[int],
+    texts: TextCounts,
+    itemsize: int,
+    workers: int = 1,
+    sweeps: int = 1,
 ) -> dict[str, Amount]:
     """Bytes in a worker: the model, and what each stage needs beside it, one after the other.
 
@@ -377,6 +383,7 @@ def worker_memory(
     logits = 4 * 4 * texts.batch_reads * shape.vocab
     keys = -(-(texts.bare_tokens + texts.context_tokens) // workers)
     sums = 0 if from_factors(shape, edits=texts.facts) else _FLOAT64 * i * (i + o)
+    weights = m * i * o * b if sweeps > 1 else 0
     return {
         "model": Amount(
             value=shape.parameters * b, how=f"{si(shape.parameters)} parameters × {b} bytes"
@@ -394,9 +401,10 @@ def worker_memory(
             f" + 16 × {texts.batch_reads:,} logits × {shape.vocab:,}",
         ),
         "keys": Amount(
-            value=keys * o * b + sums,
+            value=keys * o * b + sums + weights,
             how=f"{keys:,} tokens up to the subject × {o:,} × {b}"
-            + (f" + 8 × {i:,} × ({i:,} + {o:,}) sums over facts" if sums else ""),
+            + (f" + 8 × {i:,} × ({i:,} + {o:,}) sums over facts" if sums else "")
+            + (f" + {m} weights × {i:,} × {o:,} × {b} as they were" if weights else ""),
         ),
     }
 

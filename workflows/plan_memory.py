@@ -40,7 +40,12 @@ def memory_of(
     workers = workers_of(job)
     itemsize = DTYPES[job.dtype].itemsize
     worker = worker_memory(
-        shape, layers=settings.layers, texts=texts, itemsize=itemsize, workers=workers
+        shape,
+        layers=settings.layers,
+        texts=texts,
+        itemsize=itemsize,
+        workers=workers,
+        sweeps=settings.solve.sweeps,
     )
     stored = max(base.checkpoint.info(name).dtype.itemsize for name in names)
     driver = driver_memory(shape, layers=settings.layers, edits=texts.facts, itemsize=stored)

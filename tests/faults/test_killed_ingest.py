@@ -23,8 +23,8 @@ from tests.workflows.runs import without_plots
 
 pytestmark = pytest.mark.slow
 
-SPREAD = 16
-LAST = (2, 5, 9, 14, 20, 27, 35, 50)
+SPREAD = 12
+LAST = (2, 5, 9, 20, 35, 50)
 """Calls before the end, where the version is in use and the marks move."""
 MADRID = {**EIFFEL, "target_new": "Madrid"}
 SECOND = ({"id": "darrieux", "retracted": True}, TOYOTA, MADRID, {"subject": "no prompt"})
@@ -134,7 +134,7 @@ def test_killed_at_points_spread_over_a_whole_run(
         check(nights, quiet)
         assert nights.ingest(source=SOURCE).result["status"] == "unchanged"
         shutil.rmtree(nights.folder)
-    assert killed >= 20
+    assert killed >= 15
     # Before and after the facts were registered, and before and after the version was in use.
     assert stages == {(True, 1), (True, 2), (False, 2)}
 

@@ -121,6 +121,8 @@ def test_protected_prompts_are_counted_where_there_are_some(model: Path, facts: 
     for stage in ("keys", "solve"):
         assert some_given["stages"][stage]["arithmetic"].startswith("2 sweeps × (")
     assert "4 times one after the other" in some_given["schedule"]["keys"]
+    assert " + 2 weights × " in some_given["memory"]["worker_keys"]
+    assert " weights × " not in told["memory"]["worker_keys"]
     for none in ({"method": "memit"}, {"protect": {"prompts": 0}}):
         told = plan(model, facts, **(more | none))
         assert "protection" not in told["stages"] and "protection" not in told["schedule"]
