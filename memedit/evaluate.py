@@ -36,12 +36,16 @@ GENERATION_EXTRA_TOKENS = 5
 """How many tokens beyond the length of the new object a continuation may take to say it."""
 
 
-def evaluation_of(facts: Sequence[FactResult], measures: Mapping[str, float | None]) -> Evaluation:
-    """Judgements of facts and measures of the whole model, in one order of metrics."""
+def evaluation_of(
+    facts: Sequence[FactResult],
+    measures: Mapping[str, float | None],
+    intervals: Mapping[str, tuple[float, float]] | None = None,
+) -> Evaluation:
+    """Judgements of facts and measures of the whole model with theirs, in one order of metrics."""
     metrics = {**summarise(facts), **measures}
     return Evaluation(
         metrics={key: metrics.get(key) for key in METRIC_KEYS},
-        intervals=intervals_of(facts),
+        intervals={**intervals_of(facts), **(intervals or {})},
         facts=tuple(facts),
     )
 
@@ -50,7 +54,11 @@ def leave_out(evaluation: Evaluation, case_ids: Collection[str]) -> Evaluation:
     """An evaluation without some of its facts; what was measured of the whole model stays."""
     facts = [fact for fact in evaluation.facts if fact.case_id not in case_ids]
     judged = summarise(facts).keys()
-    return evaluation_of(facts, {k: v for k, v in evaluation.metrics.items() if k not in judged})
+    return evaluation_of(
+        facts,
+        {name: value for name, value in evaluation.metrics.items() if name not in judged},
+        {name: pair for name, pair in evaluation.intervals.items() if name not in judged},
+    )
 
 
 # ------------------------------------------------------------------------------------- the facts

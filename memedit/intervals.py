@@ -1,8 +1,9 @@
-"""How sure the metrics of a batch are: bootstrap intervals over its facts.
+"""How sure the metrics of a batch are: bootstrap intervals over its facts, prompts or windows.
 
 Another draw of facts would have given other metrics. The percentile bootstrap (Efron 1979) draws
-the batch's own facts anew, with replacement, and takes the middle 95% of what comes out. Knows
-judgements of facts; does not know models.
+the batch's own facts anew, with replacement, and takes the middle 95% of what comes out. What is
+measured of the whole model rests on prompts or windows of text instead. Knows judgements of facts;
+does not know models.
 """
 
 from __future__ import annotations
@@ -95,6 +96,23 @@ def changes_of(
         raise ValueError("not the same facts, in their order")
     old, new = (_drawn_means(facts, resamples, seed) for facts in (before, after))
     return _bounds({name: new[name] - old[name] for name in old if name in new})
+
+
+def ratio_interval(
+    above: Sequence[float], below: Sequence[float] | None = None
+) -> tuple[float, float] | None:
+    """The 95% interval of Σ above / Σ below over items drawn together; None of fewer than two.
+
+    Args:
+        above: A value of each item.
+        below: Its weight; without them this is the interval of the mean.
+    """
+    if len(above) < 2:
+        return None
+    values_FM = torch.tensor([above, below or [1.0] * len(above)], dtype=torch.float64).T
+    above_R, below_R = resampled_means(values_FM).T
+    low_1, high_1 = middle((above_R / below_R)[:, None])
+    return float(low_1), float(high_1)
 
 
 def _drawn_means(facts: Sequence[FactResult], resamples: int, seed: int) -> dict[str, Tensor]:

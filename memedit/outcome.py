@@ -121,7 +121,8 @@ class Evaluation(_Plain):
 
     metrics: dict[str, float | None]
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """95% bootstrap intervals of the metrics that are means over facts, and of their score."""
+    """95% bootstrap intervals: over facts, of the score too; over prompts or windows of what is
+    measured of the whole model."""
     facts: tuple[FactResult, ...] = ()
 
 

@@ -25,6 +25,7 @@ from memedit.architecture import Architecture
 from memedit.config import EvaluationSettings
 from memedit.consistency import inverse_document_frequency
 from memedit.generate import greedy_continuations
+from memedit.intervals import ratio_interval
 from memedit.prompts import encode
 from memedit.requests import EditRequest
 from memedit.scoring import (
@@ -293,6 +294,8 @@ class SideEffects:
     """`fluency`, `perplexity`, `drift_kl` and `drift_top1`; None without anything to measure."""
     reference: DriftReference
     """For the measurement of the edited model, with the sample."""
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """95% intervals of the metrics over facts (`fluency`), windows and prompts."""
     divergences: dict[str, float] = field(default_factory=dict)
     """KL(base ‖ model) of the next token after each drift prompt, in nats."""
     texts: dict[str, str] = field(default_factory=dict)
@@ -321,12 +324,11 @@ def side_effects_of(
         pairs = zip(parts, results, strict=True)
         return [item for part, result in pairs if isinstance(part, kind) for item in result]
 
-    entropies = found(Entropies)
+    entropies, likelihoods, shifts = found(Entropies), found(Likelihoods), found(Shift)
+    moved = shifts
     if reference is None:
         reference = DriftReference.join(found(Predictions))
         moved = [(prompt, 0.0, True) for prompt in reference.prompts]
-    else:
-        moved = found(Shift)
     if reference.sample is not sample:
         reference = replace(reference, sample=sample)
     divergences = {prompt: kl for prompt, kl, _ in moved}
@@ -334,14 +336,36 @@ def side_effects_of(
     return SideEffects(
         metrics={
             "fluency": fmean(entropies) if entropies else None,
-            "perplexity": perplexity_of(found(Likelihoods)),
+            "perplexity": perplexity_of(likelihoods),
             "drift_kl": drift_kl,
             "drift_top1": drift_top1,
         },
         reference=reference,
+        intervals=_intervals(entropies, likelihoods, shifts),
         divergences=divergences,
         texts=dict(found(Texts)),
     )
+
+
+def _intervals(
+    entropies: Sequence[float],
+    likelihoods: Sequence[tuple[float, int]],
+    shifts: Sequence[tuple[str, float, bool]],
+) -> dict[str, tuple[float, float]]:
+    """Those that rest on more than one item and are finite, in the units of the metrics."""
+    likelihood = ratio_interval([total for total, _ in likelihoods], [n for _, n in likelihoods])
+    same = ratio_interval([same for _, _, same in shifts])
+    found = {
+        "fluency": ratio_interval(entropies),
+        "perplexity": likelihood and (_exp(-likelihood[1]), _exp(-likelihood[0])),
+        "drift_kl": ratio_interval([kl for _, kl, _ in shifts]),
+        "drift_top1": same and (100 * same[0], 100 * same[1]),
+    }
+    return {name: pair for name, pair in found.items() if pair and all(map(math.isfinite, pair))}
+
+
+def _exp(loss: float) -> float:
+    return perplexity_of([(-loss, 1)]) or 0.0
 
 
 # --------------------------------------------------------------------------------- the equations

@@ -414,7 +414,9 @@ def judge(
     measured = _measured(executor, parts, progress)
     effects = side_effects_of(parts, measured, reference, sample)
     return (
-        evaluation_of(with_side_effects(facts, requests, effects), effects.metrics),
+        evaluation_of(
+            with_side_effects(facts, requests, effects), effects.metrics, effects.intervals
+        ),
         effects.reference,
     )
 

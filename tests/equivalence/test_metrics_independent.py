@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean, harmonic_mean
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,15 @@ from memedit.outcome import Evaluation, FactResult
 from memedit.prompts import encode_completion
 from memedit.requests import EditRequest, Neighbour
 from memedit.scoring import Completion, score_completions
-from memedit.side_effects import ngram_entropy
+from memedit.side_effects import (
+    DriftReference,
+    Entropies,
+    Likelihoods,
+    Part,
+    Shift,
+    ngram_entropy,
+    side_effects_of,
+)
 from tests.measured import measure_side_effects
 from tests.tiny import VOCAB, tiny_model, tiny_tokenizer
 
@@ -91,7 +100,9 @@ def judged(model: PreTrainedModel, base: PreTrainedModel | None = None) -> Evalu
     effects = measure_side_effects(
         model, *parts, heldout=HELDOUT, reference=reference, settings=SETTINGS
     )
-    return evaluation_of(with_side_effects(facts, FACTS, effects), effects.metrics)
+    return evaluation_of(
+        with_side_effects(facts, FACTS, effects), effects.metrics, effects.intervals
+    )
 
 
 def full_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
@@ -379,6 +390,42 @@ def test_intervals_are_those_of_numpys_bootstrap() -> None:
         assert found[name] == pytest.approx(expected.tolist(), abs=0.05 * width), name
     middle = summarise(facts)["neighbourhood_kl"]
     assert middle == pytest.approx(float(kl.mean()))
+
+
+def test_intervals_of_the_whole_model_are_those_of_numpys_bootstrap() -> None:
+    """A window counts with its tokens, so the interval is of a ratio and not of a mean."""
+    draws = np.random.default_rng(1)
+    lengths = draws.integers(4, 40, size=50)
+    totals = -lengths * draws.normal(3.0, 0.3, size=50)
+    shifts = [(f"p{i}", float(draws.exponential()), bool(draws.random() < 0.7)) for i in range(60)]
+    entropies = draws.normal(5.0, 1.0, size=30)
+    parts: tuple[tuple[Part, list[Any]], ...] = (
+        (Likelihoods(windows=()), list(zip(totals.tolist(), lengths.tolist(), strict=True))),
+        (Shift(reference=DriftReference.join([])), shifts),
+        (Entropies(prompts=(), tokens=1), entropies.tolist()),
+    )
+    kinds, results = zip(*parts, strict=True)
+    found = side_effects_of(kinds, results, DriftReference.join([])).intervals
+
+    def drawn(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        chosen = np.random.default_rng(2).integers(0, len(values), size=(20_000, len(values)))
+        return values[chosen].sum(1)
+
+    expected = {
+        "perplexity": np.exp(-drawn(totals) / drawn(lengths)),
+        "drift_kl": drawn(np.array([kl for _, kl, _ in shifts])) / 60,
+        "drift_top1": 100 * drawn(np.array([same for _, _, same in shifts])) / 60,
+        "fluency": drawn(entropies) / 30,
+    }
+    assert found.keys() == expected.keys()
+    for name, draw in expected.items():
+        low, high = np.quantile(draw, [0.025, 0.975])
+        assert found[name] == pytest.approx((low, high), abs=0.15 * (high - low)), name
+    # Of one window, or one that nobody could say, there is no interval.
+    few = ([(-3.0, 1)], [(-1e9, 1), (-1e9, 1)])
+    for likelihoods in few:
+        none = side_effects_of([Likelihoods(windows=())], [likelihoods], None)
+        assert none.intervals == {}
 
 
 def test_a_fact_with_one_prompt_weighs_as_one_with_many(model: PreTrainedModel) -> None:

@@ -95,7 +95,7 @@ def evaluate(
     facts = score_facts(*parts, settings=measured["settings"])
     effects = measure_side_effects(*parts, **measured)
     completed = with_side_effects(facts, requests, effects)
-    return evaluation_of(completed, effects.metrics), effects.reference
+    return evaluation_of(completed, effects.metrics, effects.intervals), effects.reference
 
 
 def result(**changes: Any) -> FactResult:
@@ -128,7 +128,7 @@ def test_what_can_be_measured_is_what_is_measured() -> None:
                 model, tokenizer, arch, requests, heldout=heldout, settings=settings
             )
             completed = with_side_effects(facts, requests, effects)
-            metrics = evaluation_of(completed, effects.metrics).metrics
+            metrics = evaluation_of(completed, effects.metrics, effects.intervals).metrics
             measured = {key for key, value in metrics.items() if value is not None}
             assert measurable(requests, settings) == measured
 
