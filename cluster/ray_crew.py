@@ -87,7 +87,7 @@ class Crew:
         with storing():
             self._spec = ray.put(spec)
         self.story: list[tuple[str, list[Any]]] = []
-        """What has changed the workers' models: a new worker does it again."""
+        """What the workers were told to load, keep and apply: a new worker does it again."""
         self.slots = [Slot(number=number) for number in range(placement.workers)]
 
     @property

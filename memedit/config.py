@@ -146,8 +146,9 @@ class TraceSettings:
     those, too, whose object is only less probable once the subject is corrupted."""
     seed: int = 0
     tokens_per_batch: int | None = None
-    """Rows times columns of one forward pass; None for what suits the device. Changes speed and
-    memory, and only the last bits of the result."""
+    """Rows times columns of one forward pass, with the tokens before, whose states each row takes
+    along; None for what suits the device. Changes speed and memory, and only the last bits of the
+    result."""
 
     def window_of(self, n_layers: int) -> int:
         """The number of layers that are restored together."""
@@ -188,6 +189,11 @@ class EditSettings:
     protect: ProtectSettings = field(default_factory=ProtectSettings)
     repair: RepairSettings = field(default_factory=RepairSettings)
     finetune: FineTuneSettings = field(default_factory=FineTuneSettings)
+
+    @property
+    def repairs(self) -> int:
+        """Rounds of repair at most; 0 for methods that repair nothing."""
+        return self.repair.rounds if self.method == "memedit" else 0
 
     def of_method(self) -> dict[str, object]:
         """As plain values, without the sections that its method does not look at."""

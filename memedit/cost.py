@@ -430,7 +430,7 @@ def evaluation_memory(shape: ModelShape, *, tokens: int, itemsize: int) -> Amoun
 
 
 def driver_memory(
-    shape: ModelShape, *, layers: Sequence[int], edits: int, itemsize: int
+    shape: ModelShape, *, layers: Sequence[int], edits: int, itemsize: int, trials: int = 1
 ) -> dict[str, Amount]:
     """Bytes in the driver: one moment, one layer's system, updates, one tensor at a time.
 
@@ -442,6 +442,7 @@ def driver_memory(
         layers: The edited layers.
         edits: Facts.
         itemsize: Bytes of an element of an edited tensor as it is stored.
+        trials: How many sets of updates there are at once: with repair, the best and the newest.
     """
     m, n, i, o = len(layers), edits, shape.inner, shape.hidden
     if from_factors(shape, edits=n):
@@ -455,7 +456,10 @@ def driver_memory(
     return {
         "moments": Amount(value=_FLOAT64 * i**2, how=f"{i:,}² × 8, one layer at a time"),
         "solve": Amount(value=_FLOAT64 * solve, how=f"8 × ({system})"),
-        "updates": Amount(value=m * _FLOAT64 * update, how=f"{m} layers × {written} × 8"),
+        "updates": Amount(
+            value=trials * m * _FLOAT64 * update,
+            how=(f"{trials} × " if trials > 1 else "") + f"{m} layers × {written} × 8",
+        ),
         "publish": Amount(
             value=(3 * itemsize + 2 * _FLOAT64) * i * o,
             how=f"one tensor: {i:,} × {o:,} × (3 × {itemsize} + 2 × 8)",

@@ -152,7 +152,7 @@ class LayerUpdate(_Plain):
     lam: float
     """λ of the solve."""
     residual_norm: float | None
-    """Mean ‖z - h‖ over the facts before this layer's update; None without z."""
+    """Mean ‖z - h‖ over the facts before this layer's update, of the last sweep; None without z."""
     rounding_error: float | None = None
     """‖stored - exact‖ / ‖ΔW‖: what the dtype of the checkpoint took from the update."""
     rank: int | None = None

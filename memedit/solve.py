@@ -35,6 +35,13 @@ class Update:
         """The dense change, float64 [O, I]."""
         return self.left_NO.T if self.right_NI is None else self.left_NO.T @ self.right_NI
 
+    def of_keys(self, keys_NI: Tensor) -> Tensor:
+        """Δ k of each key, float64 [N, O], on the device of the keys, without the dense Δ."""
+        left_NO = self.left_NO.to(keys_NI.device)
+        if self.right_NI is None:
+            return keys_NI @ left_NO
+        return (keys_NI @ self.right_NI.to(keys_NI.device).T) @ left_NO
+
     def rows(self, start: int, stop: int, *, transposed: bool) -> Tensor:
         """Rows of Δ, float64 [stop - start, I]; or of Δᵀ, [stop - start, O], if `transposed`."""
         if self.right_NI is None:

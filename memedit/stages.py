@@ -265,7 +265,8 @@ def _solve(
         assert method.from_sums is not None, "or there would be factors"
         keys_II, residual_keys_OI = keys.keys_II.to(device), keys.residual_keys_OI.to(device)
         if before is not None:
-            residual_keys_OI = residual_keys_OI + before.delta_OI.to(device) @ keys_II
+            # K Kᵀ is symmetric: its rows are its columns.
+            residual_keys_OI = residual_keys_OI + before.of_keys(keys_II).T
         summed = SummedProblem(
             layer=layer,
             keys_II=keys_II,
@@ -277,7 +278,7 @@ def _solve(
         return method.from_sums(summed).cpu()
     keys_NI, residuals_NO = keys.keys_NI.to(device), (keys.residuals_NO * share).to(device)
     if before is not None:
-        residuals_NO = residuals_NO + keys_NI @ before.delta_OI.T.to(device)
+        residuals_NO = residuals_NO + before.of_keys(keys_NI)
     problem = LayerProblem(
         layer=layer,
         keys_NI=keys_NI,

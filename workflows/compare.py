@@ -99,7 +99,7 @@ def run_compare(job: CompareJob, progress: Progress) -> Mapping[str, Any]:
         timed.start("load")
         table = read_facts(job.facts, on_bad_row=job.on_bad_row)
         base = open_base(job, timed)
-        settings = settings_of(job, base, 1, timed)  # doubts are told here, and once
+        settings = settings_of(job, base, job.edit_counts[-1], timed)  # doubts are told here, once
         layers: set[int] = set()
         for method in job.method_names:  # what is wrong with one is said before the others begin
             layers |= set(settings_of(job_of(job, method), base, 1, Silent()).layers)
@@ -224,10 +224,13 @@ class _Comparison:
     def mixed(self) -> Iterator[Mixed]:
         """Every method on each pair of relations, together and apart."""
         settings = replace(self.job.evaluation_settings, **_FACTS_ALONE)
-        for pair in pairs_of(self.table.batch.requests, self.job.pairs):
-            both = [*pair.judged[0], *pair.judged[1]]
+        requests = self.table.batch.requests
+        for pair in pairs_of(requests, self.job.pairs):
+            judged = {request.case_id for side in pair.judged for request in side}
+            both = [request for request in requests if request.case_id in judged]
             for method in self.job.method_names:
-                together = self._row(method, both, _Asked(both, settings))
+                asked = [*pair.judged[0], *pair.judged[1]]
+                together = self._row(method, both, _Asked(asked, settings))
                 apart = [
                     self._row(method, edited, _Asked(judged, settings))
                     for edited, judged in zip(pair.facts, pair.judged, strict=True)
@@ -318,9 +321,9 @@ def _mixed(pair: Pair, together: Compared, apart: Sequence[Compared]) -> Mixed:
     row = Mixed(
         method=together.method, relations=pair.relations, edits=pair.edits, lam=together.lam
     )
-    runs = (together, *apart)
-    found = [run.evaluation for run in runs if run.evaluation is not None]
-    for name, run in zip(("together", *pair.relations), runs, strict=True):
+    found = []
+    for name, run in zip(("together", *pair.relations), (together, *apart), strict=True):
         if run.evaluation is None:
             return replace(row, failed=f"{name}: {run.failed}")
+        found.append(run.evaluation)
     return row.with_judgements(*found)

@@ -105,10 +105,9 @@ class Editing:
         if self.settings.method == "ft":
             return self._fine_tuned(encoded)
         reference = self._reference()
-        first = Edited(targets=targets, solved=self._solve(encoded, targets))
         if reference is None:
-            return first
-        return self._repair(encoded, first, reference)
+            return Edited(targets=targets, solved=self._solve(encoded, targets))
+        return self._repair(encoded, targets, reference)
 
     def _solve(
         self,
@@ -196,15 +195,19 @@ class Editing:
         return reference
 
     def _repair(
-        self, encoded: Sequence[EncodedRequest], first: Edited, reference: DriftReference
+        self,
+        encoded: Sequence[EncodedRequest],
+        targets: Sequence[Target],
+        reference: DriftReference,
     ) -> Edited:
-        """Rounds of finding z anew, on the edited model, for what that does not say.
+        """Solve, and then find z anew, on the edited model, for what that does not say, in rounds.
 
         All facts are then solved for again, from the base. A round that helps fewer facts than it
         should, or moves more of the rest than it may, is not kept, and is the last one.
         """
         settings = self.settings.repair
-        kept, unsaid, drift = first, self._unsaid(encoded), self._drift(reference)
+        kept = Edited(targets=targets, solved=self._solve(encoded, targets))
+        unsaid, drift = self._unsaid(encoded), self._drift(reference)
         rounds: list[RepairRound] = []
         for number in range(1, settings.rounds + 1):
             failed = [each for each in encoded if each.request.case_id in unsaid]

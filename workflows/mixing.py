@@ -60,8 +60,8 @@ def pairs_of(requests: Sequence[EditRequest], number: int) -> list[Pair]:
         if len(groups) < 2:
             raise InputError(
                 f"{plural(number, 'pair')} of relations take {2 * number} relations with two facts"
-                " or more each, two and two with different objects;"
-                f" {plural(len(pairs), 'pair')} can be made",
+                " or more each, two and two with different objects; beginning with those that have"
+                f" the most facts, {plural(len(pairs), 'pair')} can be made",
                 field="pairs",
             )
         (one, of_one), *groups = groups

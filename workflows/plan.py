@@ -48,7 +48,7 @@ from workflows.outline import index_without_weights, outline
 from workflows.plan_memory import memory_of, workers_of
 from workflows.progress import duration
 from workflows.rate import measured_rate
-from workflows.schedule import cuts, moved, schedule
+from workflows.schedule import REPAIRED, cuts, moved, schedule
 from workflows.session import (
     Base,
     contexts_of,
@@ -68,12 +68,10 @@ EFFICIENCY: Mapping[str, float] = {
     "targets": 0.65,
     "keys": 0.4,
     "solve": 0.5,
-    "repair": 0.6,
+    "repair": 0.65,
 }
 """The share of the matrix rate that a stage reaches: measured with SmolLM2 135M on a CPU, but for
 `protection`, whose short rows are taken to do as well as those of the evaluation."""
-REPAIRED = 0.2
-"""The share of facts that is taken to be sought again in each round of repair."""
 FILE_BYTES_PER_S = 1e9
 """Taken for reading, checksums and writing."""
 _JUDGED_FACTS = 64
@@ -119,7 +117,8 @@ def run_plan(job: PlanJob, progress: Progress) -> Mapping[str, Any]:
     rates = _rates(job, device)
     work = _work(job, base, settings, shape, texts, table.batch.requests, corpus)
     shards = _shards(base.checkpoint, names)
-    files = base.checkpoint.size_bytes * 3 + 2 * shards["bytes_rewritten"]
+    loads = 2 + settings.repairs
+    files = base.checkpoint.size_bytes * (1 + loads) + 2 * shards["bytes_rewritten"]
     stages = {
         name: _stage(name, amount, rates["float64"] if name == "solve" else rates["model"])
         for name, amount in work.items()
@@ -127,11 +126,12 @@ def run_plan(job: PlanJob, progress: Progress) -> Mapping[str, Any]:
     stages["files"] = {
         "bytes": files,
         "seconds": _rounded(files / FILE_BYTES_PER_S),
-        "arithmetic": f"model read for its checksum and loaded twice, 3 × "
+        "arithmetic": f"model read for its checksum and loaded {loads} times, {1 + loads} × "
         f"{si(base.checkpoint.size_bytes)}B, + shards rewritten 2 × "
         f"{si(shards['bytes_rewritten'])}B, at {si(FILE_BYTES_PER_S)}B/s",
     }
-    memory = memory_of(job, base, settings, shape, texts, names)
+    sampled = _sampled(job, settings)
+    memory = memory_of(job, base, settings, shape, texts, names, sampled=bool(sampled))
     time = _time(device, stages, rates)
     spread: dict[str, Any] = {}
     if job.executor == "ray":
@@ -140,7 +140,7 @@ def run_plan(job: PlanJob, progress: Progress) -> Mapping[str, Any]:
             encoded,
             settings,
             shape,
-            sampled=_sampled(job, settings),
+            sampled=sampled,
             counted=corpus is not None,
             protected=protected * settings.protect.prompts,
         )
@@ -153,7 +153,7 @@ def run_plan(job: PlanJob, progress: Progress) -> Mapping[str, Any]:
             model_bytes=base.checkpoint.size_bytes,
             moments_per_layer=(corpus is not None) + (protected > 0),
             sweeps=settings.solve.sweeps,
-            repairs=settings.repair.rounds if settings.method == "memedit" else 0,
+            repairs=settings.repairs,
         )
     took = spread["schedule"]["seconds"] if spread else time["seconds"]
     held = memory.get("process_mb") or memory["each_worker_mb"]
@@ -347,23 +347,24 @@ def _work(
     work["targets"] = targets_work(
         shape, layer=layers[-1], texts=texts, steps=settings.targets.steps
     )
-    sweeps = settings.solve.sweeps
-    work["keys"] = _in_sweeps(sweeps, keys_work(shape, layers=layers, texts=texts))
-    work["solve"] = _in_sweeps(sweeps, solve_work(shape, layers=layers, edits=len(requests)))
-    if settings.method == "memedit" and settings.repair.rounds:
-        rounds = settings.repair.rounds
-        once = REPAIRED * work["targets"].value + work["keys"].value + work["solve"].value
+    for name, amount in (
+        ("keys", keys_work(shape, layers=layers, texts=texts)),
+        ("solve", solve_work(shape, layers=layers, edits=len(requests))),
+    ):
+        swept = _times(settings.solve.sweeps, "sweeps", amount)
+        work[name] = _times(1 + settings.repairs, "solves", swept)
+    if rounds := settings.repairs:
         work["repair"] = Amount(
-            value=rounds * once,
-            how=f"{plural(rounds, 'round')} × ({REPAIRED:g} of the targets, keys and solve again)",
+            value=rounds * REPAIRED * work["targets"].value,
+            how=f"{plural(rounds, 'round')} × {REPAIRED:g} of the targets",
         )
     return work
 
 
-def _in_sweeps(sweeps: int, amount: Amount) -> Amount:
-    if sweeps == 1:
+def _times(number: int, what: str, amount: Amount) -> Amount:
+    if number == 1:
         return amount
-    return Amount(value=sweeps * amount.value, how=f"{sweeps} sweeps × ({amount.how})")
+    return Amount(value=number * amount.value, how=f"{number} {what} × ({amount.how})")
 
 
 def _sampled(job: PlanJob, settings: EditSettings) -> list[int]:

@@ -35,8 +35,13 @@ def memory_of(
     shape: ModelShape,
     texts: TextCounts,
     names: Sequence[str],
+    *,
+    sampled: bool,
 ) -> dict[str, Any]:
-    """What each process holds at most, and how that was worked out."""
+    """What each process holds at most, and how that was worked out.
+
+    `names` are those of the edited tensors; `sampled` says whether text is sampled from the model.
+    """
     workers = workers_of(job)
     itemsize = DTYPES[job.dtype].itemsize
     worker = worker_memory(
@@ -48,12 +53,17 @@ def memory_of(
         sweeps=settings.solve.sweeps,
     )
     stored = max(base.checkpoint.info(name).dtype.itemsize for name in names)
-    driver = driver_memory(shape, layers=settings.layers, edits=texts.facts, itemsize=stored)
-    repaired = settings.method == "memedit"
-    if job.stats is not None and not (repaired and settings.protect.prompts):  # nothing is counted
+    driver = driver_memory(
+        shape,
+        layers=settings.layers,
+        edits=texts.facts,
+        itemsize=stored,
+        trials=2 if settings.repairs else 1,
+    )
+    protected = settings.method == "memedit" and settings.protect.prompts
+    if job.stats is not None and not protected:  # nothing is counted
         del worker["statistics"], driver["moments"]
-    sampled = job.stats is None or repaired or job.evaluation_settings.heldout_tokens
-    if job.corpus == "self" and sampled:
+    if sampled:
         worker["sampling"] = sampling_memory(
             shape, window=settings.moments.window, itemsize=itemsize
         )

@@ -19,6 +19,8 @@ from workflows.wording import plural
 
 _NUMBER_BYTES = 8  # sums and updates are float64
 _Z_BYTES = 4
+REPAIRED = 0.2
+"""The share of facts that a round of repair is taken to seek anew."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,12 @@ def cuts(
         "targets": Cut(len(target_units(requests, settings.targets))),
         "keys": Cut(
             math.ceil(facts / FACTS_PER_KEY_UNIT),
-            passes=settings.solve.sweeps * len(settings.layers),
+            passes=(1 + settings.repairs) * settings.solve.sweeps * len(settings.layers),
         ),
     }
-    if settings.method == "memedit":  # its z vectors are most of it
-        found["repair"] = found["targets"]
+    if settings.repairs:
+        units = math.ceil(REPAIRED * found["targets"].units)
+        found["repair"] = Cut(units, passes=settings.repairs)
     if sampled:
         found["sampling"] = Cut(sum(math.ceil(tokens / at_once) for tokens in sampled))
     if counted:
@@ -128,12 +131,16 @@ def moved(
     """
     m, n, i, o, w = len(layers), facts, shape.inner, shape.hidden, workers
     loads, solved = 2 + repairs, sweeps * (1 + repairs) * m
+    again = f" and {plural(repairs, 'round')} of repair" if repairs else ""
     amounts = {
         "models": (
             loads * w * model_bytes,
-            f"base and edited, {loads:,} × {w:,} workers × {si(model_bytes)}B",
+            f"base, edited{again}: {loads:,} × {w:,} workers × {si(model_bytes)}B",
         ),
-        "z": (n * o * _Z_BYTES, f"{n:,} facts × {o:,} × {_Z_BYTES}"),
+        "z": (
+            (1 + repairs) * n * o * _Z_BYTES,
+            (f"{1 + repairs} × " if repairs else "") + f"{n:,} facts × {o:,} × {_Z_BYTES}",
+        ),
     }
     if moments_per_layer:
         amounts["moments"] = (

@@ -33,7 +33,8 @@ class CompareJob(FactsJob, StoringJob):
     )
     pairs: int = option(
         0,
-        "Also edit so many pairs of relations together and apart: those with the most facts.",
+        "Also edit so many pairs of relations together and apart: those with the most facts whose "
+        "objects differ.",
         group="Method",
         metavar="N",
         at_least=0,

@@ -127,7 +127,7 @@ def test_the_models_hold_the_whole_update_rounded_once(
             assert torch.equal(executor._worker._weight(one.update.layer), weight)
 
 
-def test_a_pass_that_was_ahead_begins_anew(spec: ModelSpec, targets: list[Target]) -> None:
+def test_a_pass_that_was_ahead_begins_anew(spec: ModelSpec) -> None:
     """As that of a unit which another worker had for some layers of the second sweep."""
     first, last = LAYERS_EDITED
     generator = torch.Generator().manual_seed(9)

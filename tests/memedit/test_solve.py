@@ -196,3 +196,15 @@ def test_a_gpu_solves_where_there_is_one(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert solve_device(wanted) == torch.device(expected)
+
+
+def test_an_update_of_keys_is_that_of_the_dense_change() -> None:
+    generator = torch.Generator().manual_seed(3)
+    keys_NI, left_NO, right_NI = (
+        torch.randn(n, width, generator=generator, dtype=torch.float64)
+        for n, width in ((4, 6), (3, 5), (3, 6))
+    )
+    factored = Update(layer=0, left_NO=left_NO, right_NI=right_NI)
+    dense = Update(layer=0, left_NO=factored.delta_OI.T, right_NI=None)
+    for update in (factored, dense):
+        torch.testing.assert_close(update.of_keys(keys_NI), keys_NI @ factored.delta_OI.T)

@@ -53,12 +53,22 @@ def test_two_wordings_of_one_relation_are_no_pair() -> None:
         fact(f"{name}{i}", name, f"{'language' if 'a' in name[3:] else name} {i % 2}")
         for name, count in names.items()
         for i in range(count)
-        if name != "{} plays"
     ]
     (pair,) = pairs_of(facts, 1)
     assert pair.relations == ("{} speaks", "{} is in")
     with pytest.raises(InputError, match="1 pair can be made"):
         pairs_of(facts, 2)
+
+
+def test_a_relation_without_a_partner_is_passed_over() -> None:
+    objects = {"{} is in": ("Rome", "Paris"), "{} was in": ("Rome",), "{} lies in": ("Paris",)}
+    facts = [
+        fact(f"{name}{i}", name, of[i % len(of)])
+        for name, of in objects.items()
+        for i in range(2 * len(of))
+    ]
+    (pair,) = pairs_of(facts, 1)
+    assert pair.relations == ("{} lies in", "{} was in")
 
 
 def compare(base: Path, folder: Path, *more: object) -> Ran:
@@ -116,6 +126,7 @@ def test_a_method_that_fails_on_a_pair_says_why(base: Path, tmp_path: Path) -> N
     more = ("--methods", "alphaedit", "--pairs", "1", *none)
     (row,) = compare(base, tmp_path, *more).result["pairs"]
     assert row["together"] is None and "raise solve.null_threshold" in row["failed"]
+    assert row["failed"].startswith("together: ")
     assert "raise solve.null_threshold" in (tmp_path / "out" / "page.html").read_text()
 
 

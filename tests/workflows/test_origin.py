@@ -98,6 +98,7 @@ def tuned_here(**fields: Any) -> EditJob:
         {"solve": {"lam": 99999.0}},
         {"targets": {"lr": 0.1}},
         {"protect": {"weight": 1.0}},
+        {"solve": {"lam": 3.0, "sweeps": 2}},
     ],
 )
 def test_settings_that_were_changed_later_are_not_called_tuned(fields: Any) -> None:

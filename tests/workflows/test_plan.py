@@ -119,8 +119,8 @@ def test_protected_prompts_are_counted_where_there_are_some(model: Path, facts: 
     assert "worker_statistics" in some_given["memory"]
     assert some_given["moved"]["moments"].split(" = ")[1].startswith("1 × ")
     for stage in ("keys", "solve"):
-        assert some_given["stages"][stage]["arithmetic"].startswith("2 sweeps × (")
-    assert "4 times one after the other" in some_given["schedule"]["keys"]
+        assert some_given["stages"][stage]["arithmetic"].startswith("3 solves × (2 sweeps × (")
+    assert "12 times one after the other" in some_given["schedule"]["keys"]
     assert " + 2 weights × " in some_given["memory"]["worker_keys"]
     assert " weights × " not in told["memory"]["worker_keys"]
     for none in ({"method": "memit"}, {"protect": {"prompts": 0}}):
@@ -207,11 +207,19 @@ def test_repair_is_part_of_the_plan(model: Path, facts: Path) -> None:
     plain = plan(model, facts, method="memedit", repair={"rounds": 0})
     assert "repair" not in plain["stages"]
     gflop = {name: stage["gflop"] for name, stage in one["stages"].items() if name != "files"}
-    again = 0.2 * gflop["targets"] + gflop["keys"] + gflop["solve"]
-    assert gflop["repair"] == pytest.approx(again, rel=0.01)
-    assert two["stages"]["repair"]["gflop"] == pytest.approx(2 * again, rel=0.01)
-    spread = plan(model, facts, method="memedit", executor="ray", workers=4)
-    assert "over 4 workers" in spread["schedule"]["repair"]
+    assert gflop["repair"] == pytest.approx(0.2 * gflop["targets"], rel=0.01)
+    for name in ("keys", "solve"):
+        once = plain["stages"][name]["gflop"]
+        assert gflop[name] == pytest.approx(2 * once, rel=0.01)
+        assert two["stages"][name]["gflop"] == pytest.approx(3 * once, rel=0.01)
+    files = [told["stages"]["files"]["bytes"] for told in (plain, one, two)]
+    assert files[2] - files[1] == files[1] - files[0] == one["model"]["bytes"]
+    assert "2 × " in two["memory"]["driver_updates"] != plain["memory"]["driver_updates"]
+    many: dict[str, Any] = {"targets": {"tokens_per_batch": 1}}  # a unit for each fact
+    spread = plan(model, facts, method="memedit", executor="ray", workers=2, **many)
+    units = int(spread["schedule"]["targets"].split(": ")[1].split()[0])
+    repaired = spread["schedule"]["repair"]
+    assert f": {-(-units // 5)} unit" in repaired and "2 times one after the other" in repaired
     with pytest.raises(InputError, match="not planned"):
         plan(model, facts, method="rome")
 

@@ -57,10 +57,11 @@ def test_what_moves(facts: int, counted: int, sweeps: int, repairs: int) -> None
         repairs=repairs,
     )
     moments, model, z = counted * 2 * 3 * i * i * 8, (2 + repairs) * 3 * 1000, facts * o * 4
+    sought = (1 + repairs) * z
     solved = 2 * sweeps * (1 + repairs)
     if facts == 3:  # factors: the keys and residuals of the facts
         keys, residuals, update = solved * facts * (i + o) * 4, 0, facts * (i + o)
     else:  # sums, whatever the number of facts
         keys, residuals, update = solved * 3 * i * (i + o) * 8, solved * z, i * o
-    assert told["bytes"] == moments + model + z + keys + residuals + solved * 3 * update * 8
+    assert told["bytes"] == moments + model + sought + keys + residuals + solved * 3 * update * 8
     assert ("by rows" in told["keys"]) == (facts > 3)
