@@ -268,6 +268,8 @@ def measurable(requests: Sequence[EditRequest], settings: EvaluationSettings) ->
         "fluency": settings.fluency_facts > 0,
         "perplexity": settings.heldout_tokens > 1,
     }
-    drift = bool(drift_prompts(requests, settings.drift_prompts))
-    found |= dict.fromkeys(("neighbourhood_kl", "drift_kl", "drift_top1"), drift)
+    near = bool(drift_prompts(requests, settings.drift_prompts))
+    # Without neighbours on the facts' prompts with other names, if held-out text has some.
+    drift = near or bool(settings.drift_prompts and settings.heldout_tokens)
+    found |= {"neighbourhood_kl": near, "drift_kl": drift, "drift_top1": drift}
     return frozenset(name for name, there in found.items() if there)

@@ -62,6 +62,19 @@ def protecting_prompts(
     return ProtectingPrompts(protected=tuple(prompts[:kept]), heldout=tuple(prompts[kept:]))
 
 
+def prompts_elsewhere(
+    requests: Sequence[EditRequest], texts: Iterable[str], *, count: int
+) -> list[str]:
+    """The facts' prompts with names out of text, to measure drift on; at most `count`, each once.
+
+    For facts without neighbourhood prompts. Text that is held out has other names than those that
+    are protected.
+    """
+    edited = {text for request in requests for text in (request.text, *request.paraphrases)}
+    made = templated(requests, names_in(texts), count=count, random=Random(0))
+    return [prompt for prompt in dict.fromkeys(made) if prompt not in edited]
+
+
 def templated(
     requests: Sequence[EditRequest], names: Sequence[str], *, count: int, random: Random
 ) -> list[str]:

@@ -221,10 +221,14 @@ class Shift(Part):
 
 
 def prediction_parts(
-    requests: Sequence[EditRequest], settings: EvaluationSettings
+    requests: Sequence[EditRequest], settings: EvaluationSettings, elsewhere: Sequence[str] = ()
 ) -> list[Predictions]:
-    """The parts that give a base's distributions."""
-    prompts, size = drift_prompts(requests, settings.drift_prompts), _PROMPTS_PER_DRIFT
+    """The parts that give a base's distributions.
+
+    `elsewhere` are prompts in place of the facts' neighbourhood prompts, where they have none.
+    """
+    limit, size = settings.drift_prompts, _PROMPTS_PER_DRIFT
+    prompts = drift_prompts(requests, limit) or elsewhere[:limit]
     return [
         Predictions(
             prompts=tuple(prompts[start : start + size]),
@@ -238,6 +242,7 @@ def side_effect_parts(
     requests: Sequence[EditRequest],
     *,
     heldout: Sequence[Sequence[int]] | None = None,
+    elsewhere: Sequence[str] = (),
     reference: DriftReference | None = None,
     sample: Sample,
     settings: EvaluationSettings,
@@ -247,6 +252,7 @@ def side_effect_parts(
     Args:
         requests: The facts.
         heldout: Token ids of documents for the perplexity; None leaves it out.
+        elsewhere: Prompts for the drift where the facts bring none.
         reference: The base's distributions, from the measurement of the unedited model; None makes
             the measured model the base, whose drift is 0 by definition.
         sample: What free text is asked for.
@@ -270,7 +276,7 @@ def side_effect_parts(
         for i in range(0, len(windows), _WINDOWS_PER_PART)
     ]
     if reference is None:
-        return [*parts, *prediction_parts(requests, settings)]
+        return [*parts, *prediction_parts(requests, settings, elsewhere)]
     slices = reference.slices(_PROMPTS_PER_DRIFT)
     return [*parts, *(Shift(reference=each, tokens_per_batch=batch) for each in slices)]
 

@@ -385,12 +385,14 @@ def judge(
     reference: DriftReference | None,
     settings: EvaluationSettings,
     progress: Progress,
+    elsewhere: Sequence[str] = (),
 ) -> tuple[Evaluation, DriftReference]:
     """All metrics of the workers' model on a batch of facts, and the base's distributions.
 
-    `heldout`, `reference` and `settings` are those of `memedit.side_effects.side_effect_parts`. A
-    reference that an earlier call gave brings its sample of facts for free text, so that facts that
-    were left out since do not make it another one.
+    `heldout`, `elsewhere`, `reference` and `settings` are those of
+    `memedit.side_effects.side_effect_parts`. A reference that an earlier call gave brings its
+    sample of facts for free text, so that facts that were left out since do not make it another
+    one.
     """
     progress.start("evaluate", total=len(requests), unit="facts")
     size = FACTS_PER_SCORE_UNIT
@@ -410,7 +412,12 @@ def judge(
 
     sample = (reference and reference.sample) or Sample.of(requests, settings)
     parts = side_effect_parts(
-        requests, heldout=heldout, reference=reference, sample=sample, settings=settings
+        requests,
+        heldout=heldout,
+        elsewhere=elsewhere,
+        reference=reference,
+        sample=sample,
+        settings=settings,
     )
     measured = _measured(executor, parts, progress)
     effects = side_effects_of(parts, measured, reference, sample)
@@ -428,9 +435,10 @@ def predictions(
     *,
     settings: EvaluationSettings,
     progress: Progress,
+    elsewhere: Sequence[str] = (),
 ) -> DriftReference:
     """The distributions of the workers' model, to measure the drift of another one against."""
-    parts = prediction_parts(requests, settings)
+    parts = prediction_parts(requests, settings, elsewhere)
     return side_effects_of(parts, _measured(executor, parts, progress), None).reference
 
 

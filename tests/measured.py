@@ -25,6 +25,7 @@ def measure_side_effects(
     requests: Sequence[EditRequest],
     *,
     heldout: Sequence[Sequence[int]] | None = None,
+    elsewhere: Sequence[str] = (),
     reference: DriftReference | None = None,
     settings: EvaluationSettings | None = None,
 ) -> SideEffects:
@@ -32,7 +33,12 @@ def measure_side_effects(
     settings = settings or EvaluationSettings()
     sample = (reference and reference.sample) or Sample.of(requests, settings)
     parts = side_effect_parts(
-        requests, heldout=heldout, reference=reference, sample=sample, settings=settings
+        requests,
+        heldout=heldout,
+        elsewhere=elsewhere,
+        reference=reference,
+        sample=sample,
+        settings=settings,
     )
     results = [part.of(model, tokenizer, arch) for part in parts]
     return side_effects_of(parts, results, reference, sample)

@@ -33,6 +33,7 @@ from workflows.mixing import Mixed, Pair, pairs_of
 from workflows.moments import TokenSource, corpus_of, load_stats
 from workflows.plain import write_result
 from workflows.progress import Timed
+from workflows.protection import prompts_for_drift
 from workflows.session import (
     Base,
     contexts_of,
@@ -193,6 +194,7 @@ class _Asked:
     requests: Sequence[EditRequest]
     settings: EvaluationSettings
     heldout: Sequence[Sequence[int]] = ()
+    elsewhere: Sequence[str] = ()
     reference: DriftReference | None = None
 
 
@@ -215,7 +217,9 @@ class _Comparison:
             # Canonical order is by digest: the first are as good as drawn.
             requests = self.table.batch.requests[:count]
             heldout = self._source("memit", count).heldout(self.executor, self.progress)
-            asked = _Asked(requests, self.job.evaluation_settings, heldout)
+            settings = self.job.evaluation_settings
+            elsewhere = prompts_for_drift(requests, heldout, self.base, settings)
+            asked = _Asked(requests, settings, heldout, elsewhere)
             before, reference = self._judged(asked)
             yield Compared(method=BASE, edits=count, evaluation=before)
             for method in self.job.method_names:
@@ -311,6 +315,7 @@ class _Comparison:
             self.executor,
             asked.requests,
             heldout=asked.heldout,
+            elsewhere=asked.elsewhere,
             reference=asked.reference,
             settings=asked.settings,
             progress=self.progress,

@@ -40,6 +40,7 @@ from workflows.judgements import FACTS_TABLE_NAME, write_judgements
 from workflows.moments import TokenSource, corpus_of, load_stats
 from workflows.product import Product, make_product
 from workflows.progress import Timed
+from workflows.protection import prompts_for_drift
 from workflows.review import Review, ReviewAll, Trial, check_heldout
 from workflows.session import (
     Base,
@@ -155,6 +156,7 @@ def edit_facts(
             executor,
             judged,
             heldout=heldout,
+            elsewhere=prompts_for_drift(judged, heldout, base, job.evaluation_settings),
             reference=None,
             settings=job.evaluation_settings,
             progress=timed,

@@ -424,7 +424,8 @@ def _judged(
     prompt_length = _prompt_length(tokenizer, sample)
     fluent = min(len(requests), settings.fluency_facts)
     neighbours = sum(len(r.neighbourhood) for r in sample) * scale
-    drift = min(int(neighbours), settings.drift_prompts)
+    near = int(neighbours) or (settings.drift_prompts if settings.heldout_tokens else 0)
+    drift = min(near, settings.drift_prompts)
     texts = [p for r in consistency_sample(requests, settings) for p in r.generation_prompts]
     side_tokens = (fluent + drift) * prompt_length + settings.heldout_tokens
     side_tokens += sum(len(encode(tokenizer, text)) for text in texts)

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cluster.artifacts import Artifacts
-from memedit.config import EditSettings, MomentSettings, digest_of
+from memedit.config import EditSettings, EvaluationSettings, MomentSettings, digest_of
 from memedit.executor import Executor
 from memedit.model import positions_of
 from memedit.progress import Progress
 from memedit.prompts import encode
-from memedit.protection import protecting_prompts
+from memedit.protection import prompts_elsewhere, protecting_prompts
 from memedit.requests import EditRequest
 from memedit.scoring import Ids
 from workflows.moments import Counted, StoredMoments, TokenSource, moments_for
@@ -52,6 +52,17 @@ class _Prompts(Counted):
     def windows(self, executor: Executor, progress: Progress) -> list[list[int]]:
         """See `Counted`."""
         return [list(ids) for ids in self.ids]
+
+
+def prompts_for_drift(
+    requests: Sequence[EditRequest],
+    heldout: Sequence[Sequence[int]],
+    base: Base,
+    settings: EvaluationSettings,
+) -> list[str]:
+    """Prompts for the drift of facts without neighbourhood prompts, with names of held-out text."""
+    texts = [str(base.tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in heldout]
+    return prompts_elsewhere(requests, texts, count=settings.drift_prompts)
 
 
 def protection_for(

@@ -101,14 +101,17 @@ def check_measurable(
             raise _unmeasurable(gate, source)
 
 
+_OF_HELDOUT = ("perplexity", "drift_kl", "drift_top1")
+
+
 def check_heldout(job: EditJob, before: Evaluation) -> None:
-    """A corpus may have been too small to hold text out.
+    """A corpus may have been too small to hold text out, or have had no names.
 
     Raises:
-        InputError: A gate is on the perplexity of nothing.
+        InputError: A gate is on the perplexity or the drift of nothing.
     """
     for gate in job.gates:
-        if gate.metric == "perplexity" and before.metrics["perplexity"] is None:
+        if gate.metric in _OF_HELDOUT and before.metrics[gate.metric] is None:
             raise _unmeasurable(gate, job.facts)
 
 

@@ -32,6 +32,7 @@ from workflows.gates import Gate
 from workflows.metrics import METRIC
 from workflows.moments import TokenSource, load_stats
 from workflows.progress import Timed
+from workflows.protection import prompts_for_drift
 from workflows.session import Base, encode_fact
 from workflows.tuning_settings import TuneJob
 from workflows.wording import plural
@@ -93,6 +94,7 @@ class Bench:
             self.executor,
             requests,
             heldout=windows,
+            elsewhere=prompts_for_drift(requests, windows, self.base, settings),
             reference=None,
             settings=settings,
             progress=self.progress,

@@ -123,9 +123,11 @@ def test_what_can_be_measured_is_what_is_measured() -> None:
             ),
         ):
             heldout = [[1, 5, 9, 3, 7]] if settings.heldout_tokens else []
+            elsewhere = ["Kiel lies in"] if settings.heldout_tokens else []
             facts = score_facts(model, tokenizer, arch, requests, settings=settings)
+            more: dict[str, Any] = {"heldout": heldout, "elsewhere": elsewhere}
             effects = measure_side_effects(
-                model, tokenizer, arch, requests, heldout=heldout, settings=settings
+                model, tokenizer, arch, requests, settings=settings, **more
             )
             completed = with_side_effects(facts, requests, effects)
             metrics = evaluation_of(completed, effects.metrics, effects.intervals).metrics

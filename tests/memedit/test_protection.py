@@ -10,7 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memedit.config import ProtectSettings
-from memedit.protection import ProtectingPrompts, names_in, protecting_prompts
+from memedit.protection import (
+    ProtectingPrompts,
+    names_in,
+    prompts_elsewhere,
+    protecting_prompts,
+)
 from memedit.requests import EditRequest, Neighbour
 
 TEXT = (
@@ -99,3 +104,11 @@ def test_neighbourhood_prompts_only_where_they_are_asked_for() -> None:
 
 def test_without_names_there_is_nothing() -> None:
     assert chosen(9, texts=("nothing here",)) == ProtectingPrompts(protected=(), heldout=())
+
+
+def test_drift_elsewhere_is_of_the_facts_prompts_with_other_names() -> None:
+    found = prompts_elsewhere(FACTS, [TEXT], count=100)
+    assert len(found) == 9 and set(found) == set(chosen(100).protected)
+    assert prompts_elsewhere(FACTS, [TEXT], count=4) == prompts_elsewhere(FACTS, [TEXT], count=4)
+    assert len(prompts_elsewhere(FACTS, [TEXT], count=4)) in (3, 4)  # one may be edited
+    assert prompts_elsewhere(FACTS, ["no names"], count=9) == []

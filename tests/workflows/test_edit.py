@@ -369,6 +369,29 @@ def test_corpora(
     assert shards(tmp_path / "out") != shards(first.out)
 
 
+@pytest.mark.usefixtures("plain")
+def test_drift_of_facts_without_neighbours_is_measured_on_other_names(
+    first: First, tmp_path: Path
+) -> None:
+    bare = [{k: v for k, v in fact.items() if k != "neighbourhood"} for fact in FACTS]
+    facts = write_rows(tmp_path / "facts.jsonl", bare)
+    corpus = _text(tmp_path, SENTENCES)
+    more = ("--corpus", corpus, "--gate", "drift_kl<=base+5")
+    ran = edit(first.base, facts, tmp_path / "out", tmp_path / "cache", *more)
+    before, after = (ran.result["metrics"][when] for when in ("before", "after"))
+    assert (before["drift_kl"], before["drift_top1"]) == (0, 100)
+    assert after["drift_kl"] > 0 and after["neighbourhood_kl"] is None
+    low, high = ran.result["intervals"]["after"]["drift_kl"]
+    assert low <= after["drift_kl"] <= high
+
+    nameless = tmp_path / "nameless.txt"
+    nameless.write_text("it rained all day, and nobody went out of the house. " * 400)
+    more = ("--corpus", nameless, "--gate", "drift_kl<=5")
+    ran = edit(first.base, facts, tmp_path / "none", tmp_path / "cache", *more)
+    assert ran.code == 2 and "drift_kl<=5 can never be met" in ran.error["message"]
+    assert not (tmp_path / "none").exists()
+
+
 # --- Bad rows -----------------------------------------------------------------------------------
 
 
