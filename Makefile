@@ -55,7 +55,7 @@ lint: $(STAMP)  ## Style, types and import directions
 unit: $(STAMP)  ## The fast tests of single modules, one process a core
 	$(SPREAD) -m unit
 
-bench: $(STAMP)  ## Every figure of benchmarks/, one after the other
+bench: $(STAMP)  ## The figures of quality, speed and evaluation; benchmarks/README.md has all
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.evaluation
