@@ -13,7 +13,9 @@ import argparse
 import json
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks.job import compare
 from benchmarks.material import add_material_arguments
@@ -77,15 +79,21 @@ def main() -> None:
         names = [f"{NAMES[relation]} ({relation})" for relation in row["relations"]]
         cells = {"relations": " + ".join(names), "facts at once": str(row["edits"])}
         cells |= {"method": row["method"], "λ": f"{row['lam']:g}"}
-        for name in SHOWN:
-            if row["failed"]:
-                cells[name] = row["failed"]
-                continue
-            low, high = row["changes"][name]
-            cells[name] = f"{row['together'][name]:.1f} / {row['apart'][name]:.1f}"
-            cells[name] += f" ({low:+.1f} to {high:+.1f})"
+        cells |= pair_metrics(row)
         append_row("mixing", cells)
         print("  ".join(f"{name} {value}" for name, value in cells.items()), flush=True)
+
+
+def pair_metrics(row: Mapping[str, Any]) -> dict[str, str]:
+    """Together, apart, and the paired interval of the difference; or why there is nothing."""
+    if row["failed"]:
+        return dict.fromkeys(SHOWN, "-") | {SHOWN[0]: row["failed"].splitlines()[0]}
+    cells = {}
+    for name in SHOWN:
+        low, high = row["changes"][name]
+        values = f"{row['together'][name]:.1f} / {row['apart'][name]:.1f}"
+        cells[name] = f"{values} ({low:+.1f} to {high:+.1f})"
+    return cells
 
 
 def write_facts(table: Path, to: Path, count: int) -> None:
