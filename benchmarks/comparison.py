@@ -1,6 +1,6 @@
 """All methods by the number of edits: the paper's first experiment, by `memedit compare`.
 
-    python -m benchmarks.comparison --edits 1,10,100,999         # of the second half, one is refused
+    python -m benchmarks.comparison --edits 1,10,100,999      # of the half, one is refused
     python -m benchmarks.comparison --edits 1,10,100 --methods memit,memedit
 
 ROME edits one fact after another and FT-W tunes one layer, as in the paper.
