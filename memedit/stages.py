@@ -31,7 +31,6 @@ from memedit.side_effects import (
     DriftReference,
     Part,
     Sample,
-    prediction_parts,
     side_effect_parts,
     side_effects_of,
 )
@@ -427,19 +426,6 @@ def judge(
         ),
         effects.reference,
     )
-
-
-def predictions(
-    executor: Executor,
-    requests: Sequence[EditRequest],
-    *,
-    settings: EvaluationSettings,
-    progress: Progress,
-    elsewhere: Sequence[str] = (),
-) -> DriftReference:
-    """The distributions of the workers' model, to measure the drift of another one against."""
-    parts = prediction_parts(requests, settings, elsewhere)
-    return side_effects_of(parts, _measured(executor, parts, progress), None).reference
 
 
 def _measured(executor: Executor, parts: Sequence[Part], progress: Progress) -> list[Any]:

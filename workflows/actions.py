@@ -65,7 +65,8 @@ ACTIONS: dict[str, Action] = {
         summary="The metrics of a checkpoint on a fact table.",
         examples=(
             "memedit evaluate --model runs/demo --facts examples/facts.jsonl",
-            "memedit evaluate --model runs/demo --base smollm2 --facts facts.jsonl --json",
+            "memedit evaluate --model runs/demo --base smollm2 --facts facts.jsonl"
+            " --out runs/judged",
         ),
     ),
     "compare": Action(

@@ -1,4 +1,4 @@
-"""What a person should conclude from an outcome: the verdict, the failures and their reasons.
+"""What a person should conclude from an evaluation: the verdict, the failures and their reasons.
 
 Knows what the metrics mean and how to say it; knows neither terminals nor HTML
 (`workflows.tables`, `workflows.report`).
@@ -7,9 +7,10 @@ Knows what the metrics mean and how to say it; knows neither terminals nor HTML
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from memedit.outcome import EditOutcome, FactResult, TargetTrace
+from memedit.outcome import Evaluation, FactResult, TargetTrace
 from workflows.metrics import Tone, is_real
 from workflows.wording import plural
 
@@ -17,6 +18,9 @@ from workflows.wording import plural
 
 WORKED, WORKED_IN_PART = 95.0, 70.0
 """Efficacy (or exact efficacy where there is no old object) in percent from which we say so."""
+DAMAGED_PERPLEXITY, DAMAGED_TOP1 = 1.25, 50.0
+"""We say that a model is damaged from so many times the base's perplexity on other text, or where
+fewer percent of unrelated prompts keep their likeliest next word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,26 +33,44 @@ class Verdict:
     tone: Tone
 
 
-def verdict(outcome: EditOutcome) -> Verdict:
-    """Say in words what the metrics of `outcome` say."""
-    before, after = outcome.before.metrics, outcome.after.metrics
+def verdict(base: Evaluation | None, model: Evaluation, what: str) -> Verdict:
+    """Say in words what the metrics of a model say, beside those of its base where it was judged.
+
+    Args:
+        base: The base's.
+        model: The edited model's.
+        what: What the headline begins with, such as `3 facts written`.
+    """
+    before = {} if base is None else base.metrics
+    after = model.metrics
     name = "efficacy" if is_real(after.get("efficacy")) else "efficacy_exact"
     reached = after.get(name)
-    facts = plural(outcome.facts.accepted, "fact")
     if reached is None or not math.isfinite(reached):
-        headline, tone = f"{facts} written, not evaluated", "same"
+        headline, tone = f"{what}, not evaluated", "same"
     elif reached >= WORKED:
-        headline, tone = f"{facts} written, and the edit works", "better"
+        headline, tone = f"{what}, and the edit works", "better"
     elif reached >= WORKED_IN_PART:
-        headline, tone = f"{facts} written, and the edit works in part", "same"
+        headline, tone = f"{what}, and the edit works in part", "same"
     else:
-        headline, tone = f"{facts} written, but the edit does not work", "worse"
+        headline, tone = f"{what}, but the edit does not work", "worse"
+    if is_damaged(before, after):
+        headline, tone = (
+            f"{headline}, {'and' if tone == 'worse' else 'but'} the model is damaged",
+            "worse",
+        )
     return Verdict(
         headline=headline + ".",
         success=_success(before, after),
         damage=_damage(before, after),
         tone=tone,  # type: ignore[arg-type]
     )
+
+
+def is_damaged(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> bool:
+    """Whether text that has nothing to do with the facts has suffered visibly."""
+    old, new, top1 = before.get("perplexity"), after.get("perplexity"), after.get("drift_top1")
+    worse_at_text = old is not None and new is not None and not new < DAMAGED_PERPLEXITY * old
+    return worse_at_text or (top1 is not None and top1 < DAMAGED_TOP1)
 
 
 def _success(before: dict[str, float | None], after: dict[str, float | None]) -> str:
@@ -128,20 +150,34 @@ def failed(fact: FactResult) -> bool:
     return fact.efficacy is False or not (fact.efficacy_exact or fact.generation)
 
 
-def failures(outcome: EditOutcome) -> tuple[Failure, ...]:
-    """The failed facts, worst first (by how far the old object is ahead)."""
-    before = {f.case_id: f for f in outcome.before.facts}
-    traces = {t.case_id: t for t in outcome.traces}
-    targets = outcome.settings.get("targets") or {}
-    clamp = targets.get("clamp_norm_factor") if isinstance(targets, dict) else None
+def failures(
+    before: Sequence[FactResult],
+    after: Sequence[FactResult],
+    traces: Sequence[TargetTrace] = (),
+    *,
+    clamp: float | None = None,
+) -> tuple[Failure, ...]:
+    """The failed facts, worst first (by how far the old object is ahead).
+
+    Args:
+        before: The judgements of the base; none where it was not judged.
+        after: Those of the edited model.
+        traces: How z was sought for them, as far as it is known.
+        clamp: `clamp_norm_factor` of that search.
+    """
+    old, traced = _by_case(before), {t.case_id: t for t in traces}
     found = []
-    for fact in outcome.after.facts:
+    for fact in after:
         if failed(fact):
-            reason, detail = _why(fact, traces.get(fact.case_id), clamp)
+            reason, detail = _why(fact, traced.get(fact.case_id), clamp)
             found.append(
-                Failure(reason=reason, detail=detail, before=before.get(fact.case_id), after=fact)
+                Failure(reason=reason, detail=detail, before=old.get(fact.case_id), after=fact)
             )
     return tuple(sorted(found, key=lambda f: (f.after.efficacy is not False, _lead(f.after))))
+
+
+def _by_case(facts: Sequence[FactResult]) -> dict[str, FactResult]:
+    return {fact.case_id: fact for fact in facts}
 
 
 def _lead(fact: FactResult) -> float:
@@ -191,15 +227,16 @@ class Weakness:
     """Neighbourhood prompts that were right before the edit and are wrong after it."""
 
 
-def weakest(outcome: EditOutcome, n: int = 10) -> tuple[Weakness, ...]:
+def weakest(
+    before: Sequence[FactResult], after: Sequence[FactResult], n: int = 10
+) -> tuple[Weakness, ...]:
     """The facts that are written but cost or generalise worst, worst first; none without fault."""
-    before = {f.case_id: f for f in outcome.before.facts}
+    old = _by_case(before)
     found = []
-    for fact in outcome.after.facts:
+    for fact in after:
         if failed(fact):
             continue
-        old = before.get(fact.case_id)
-        was = old.neighbourhood if old else ()
+        was = old[fact.case_id].neighbourhood if fact.case_id in old else ()
         lost = sum(a and not b for a, b in zip(was, fact.neighbourhood, strict=False))
         unmet = fact.paraphrase.count(False)
         if lost or unmet:
@@ -213,9 +250,10 @@ def weakest(outcome: EditOutcome, n: int = 10) -> tuple[Weakness, ...]:
     return tuple(sorted(found, key=cost, reverse=True)[:n])
 
 
-def sample(outcome: EditOutcome, n: int) -> tuple[tuple[FactResult | None, FactResult], ...]:
+def sample(
+    before: Sequence[FactResult], after: Sequence[FactResult], n: int
+) -> tuple[tuple[FactResult | None, FactResult], ...]:
     """`n` facts (before, after), taken at even distances so that nobody chose them."""
-    before = {f.case_id: f for f in outcome.before.facts}
-    facts = outcome.after.facts
-    picks = range(len(facts)) if len(facts) <= n else [i * len(facts) // n for i in range(n)]
-    return tuple((before.get(facts[i].case_id), facts[i]) for i in picks)
+    old, count = _by_case(before), len(after)
+    picks = range(count) if count <= n else [i * count // n for i in range(n)]
+    return tuple((old.get(after[i].case_id), after[i]) for i in picks)

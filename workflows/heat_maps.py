@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup, escape
 
-_CELL, _ROW, _LABEL, _GAP, _HEAD, _FOOT = 5, 17, 112, 14, 20, 18
+_CELL, _ROW, _LABEL, _GAP, _HEAD, _FOOT = 5, 17, 122, 14, 20, 18
 _STRENGTHS = 12
-_LONGEST = 16
+_LONGEST = 13
 
 
 def heat_map(

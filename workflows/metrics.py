@@ -56,6 +56,11 @@ def interval_text(interval: Sequence[float] | None, metric: Metric | None = None
     return "" if interval is None else "-".join(f"{bound:.{decimals}f}" for bound in interval)
 
 
+def change_interval_text(interval: Sequence[float] | None, metric: Metric) -> str:
+    """The 95% interval of a change, as `+1.2 to +3.4`; nothing where there is none."""
+    return " to ".join(metric.signed(end) for end in interval or ())
+
+
 def is_real(value: float | None) -> bool:
     """Whether there is a finite value."""
     return value is not None and math.isfinite(value)
@@ -177,7 +182,7 @@ METRICS = (
     ),
     Metric(
         key="drift_kl",
-        needs="neighbourhood prompts (evaluation.drift_prompts)",
+        needs="neighbourhood prompts, or held-out text with names (evaluation.drift_prompts)",
         label="Drift, KL",
         meaning="shift of the next token elsewhere; lower is better",
         percent=False,
@@ -187,7 +192,7 @@ METRICS = (
     ),
     Metric(
         key="drift_top1",
-        needs="neighbourhood prompts (evaluation.drift_prompts)",
+        needs="neighbourhood prompts, or held-out text with names (evaluation.drift_prompts)",
         label="Drift, same top-1",
         meaning="other prompts whose likeliest token stayed",
     ),
@@ -245,6 +250,5 @@ def pair_cells(row: Mapping[str, Any], metric: Metric) -> tuple[str, str, str, s
     if row["failed"]:
         return ("", "", "", "")
     together, apart = row["together"][metric.key], row["apart"][metric.key]
-    ends = [metric.signed(end) for end in row["changes"].get(metric.key, ())]
-    change = metric.signed(together - apart)
-    return metric.show(together), metric.show(apart), change, " to ".join(ends)
+    interval = change_interval_text(row["changes"].get(metric.key), metric)
+    return metric.show(together), metric.show(apart), metric.signed(together - apart), interval

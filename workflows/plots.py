@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -177,7 +178,9 @@ def themed_svg(name: str, draw: Callable[[Axes], None], *, height: float, what: 
         height: In inches; the width is 5.2.
         what: The drawing in words, as text that needs no escaping.
     """
-    with mpl.rc_context({**_STYLE, "svg.id": name}):
+    with mpl.rc_context({**_STYLE, "svg.id": name}), warnings.catch_warnings():
+        # The page's font draws the text, so what this one lacks is not missing.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(5.2, height), layout="constrained")
         draw(figure.subplots())
         text = io.StringIO()

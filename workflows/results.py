@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -36,6 +36,9 @@ from workflows.tables import (
 from workflows.version_tables import diff_tables, gc_tables, history_table, version_tables
 from workflows.wording import SETTING_NAMES, plural, setting_text
 
+if TYPE_CHECKING:
+    from workflows.evaluate import Evaluated
+
 
 def _console(stream: TextIO) -> Console:
     return Console(file=stream, highlight=False, soft_wrap=False)
@@ -44,8 +47,8 @@ def _console(stream: TextIO) -> Console:
 def show_edit(outcome: EditOutcome, stream: TextIO) -> None:
     """Metrics before and after, some continuations, and where everything lies."""
     console = _console(stream)
-    console.print(before_after_table(outcome))
-    console.print(continuations_table(outcome))
+    console.print(before_after_table(outcome.before, outcome.after))
+    console.print(continuations_table(outcome.before.facts, outcome.after.facts))
     facts = outcome.facts
     heldout = outcome.settings.get("heldout")
     rows = [
@@ -88,20 +91,25 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return lines
 
 
-def show_metrics(result: Mapping[str, Any], stream: TextIO) -> None:
-    """The metrics by name, with what each means."""
-    metrics = result["metrics"]
-    rows = [
-        (
-            metric.label,
-            metric.show(metrics[metric.key]),
-            interval_text(result["intervals"].get(metric.key), metric),
-            metric.meaning,
-        )
-        for metric in metrics_to_show(metrics)
-    ]
-    console = _console(stream)
-    console.print(rows_table(None, ("metric", "value", "95%", "meaning"), rows))
+def show_metrics(found: Evaluated, stream: TextIO) -> None:
+    """The metrics, beside the base's and with the verdict where the base was judged, too."""
+    console, result = _console(stream), found.summary()
+    if found.before is not None:
+        console.print(before_after_table(found.before, found.after, found.changes))
+        told = found.verdict
+        console.print(Text(" ".join(filter(None, (told.headline, told.success, told.damage)))))
+    else:
+        metrics = found.after.metrics
+        rows = [
+            (
+                metric.label,
+                metric.show(metrics[metric.key]),
+                interval_text(found.after.intervals.get(metric.key), metric),
+                metric.meaning,
+            )
+            for metric in metrics_to_show(metrics)
+        ]
+        console.print(rows_table(None, ("metric", "value", "95%", "meaning"), rows))
     _show_relations(result["relations"], console)
     facts = result["facts"]
     if result["out"]:

@@ -383,14 +383,15 @@ class EvaluateJob(TableJob, SpreadJob, StoringJob):
 
     base: str | None = option(
         None,
-        "The checkpoint before the edit, to measure the drift against.",
+        "The checkpoint before the edit: judged on the same facts, too (which takes as long again),"
+        " for the changes and the drift.",
         metavar="MODEL",
         location=True,
     )
     out: str | None = option(
         None,
-        "Folder or s3:// prefix for the result and a table of facts (Parquet); new or empty."
-        " [default: printed only]",
+        "Folder or s3:// prefix for the result, a page and a table of facts (Parquet); new or"
+        " empty. [default: printed only]",
         group="Output",
         metavar="PLACE",
         location="path",

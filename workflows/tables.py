@@ -6,15 +6,15 @@ to show; `workflows.cli` decides where it is printed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from memedit.outcome import EditOutcome, FactResult
+from memedit.outcome import Evaluation, FactResult
 from workflows.findings import sample
-from workflows.metrics import interval_text, metrics_to_show, resting_on
+from workflows.metrics import change_interval_text, interval_text, metrics_to_show, resting_on
 
 _TONES = {"better": "blue", "worse": "dark_orange3", "same": "dim"}
 """Blue against orange: told apart by every common kind of colour blindness."""
@@ -32,46 +32,63 @@ def _table(title: str | None = None, **options: object) -> Table:
     )
 
 
-def before_after_table(outcome: EditOutcome) -> Table:
-    """The metrics before and after, the change, and whether it is for the better."""
-    before, after = outcome.before.metrics, outcome.after.metrics
+def before_after_table(
+    before: Evaluation,
+    after: Evaluation,
+    changes: Mapping[str, Sequence[float]] | None = None,
+) -> Table:
+    """The metrics before and after, the change, and whether it is for the better.
+
+    Args:
+        before: The evaluation of the base.
+        after: That of the edited model.
+        changes: The 95% interval of each change; without them, those of the metrics after the edit
+            are shown, and on how many judgements they rest.
+    """
     table = _table()
     table.add_column("metric", no_wrap=True)
     for name in ("before", "after", "change"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    table.add_column("95%", justify="right", no_wrap=True, style="dim")
-    table.add_column("of", justify="right", no_wrap=True, style="dim")
-    counts = resting_on(outcome.after.facts)
-    for metric in metrics_to_show(before, after):
-        old, new = before.get(metric.key), after.get(metric.key)
+    for name in ("95%", "of") if changes is None else ("95% of change",):
+        table.add_column(name, justify="right", no_wrap=True, style="dim")
+    counts = resting_on(after.facts)
+    for metric in metrics_to_show(before.metrics, after.metrics):
+        key = metric.key
+        old, new = before.metrics.get(key), after.metrics.get(key)
         change, tone = metric.change(old, new)
-        unit = " %" if metric.percent else ""
+        if changes is None:
+            count = f"{counts[key]:,}" if key in counts else ""
+            certainty = [interval_text(after.intervals.get(key), metric), count]
+        else:
+            interval = change_interval_text(changes.get(key), metric)
+            certainty = [interval.replace("\N{MINUS SIGN}", "-")]
         table.add_row(
-            metric.label + unit,
+            metric.label + (" %" if metric.percent else ""),
             metric.show(old),
             Text(metric.show(new), style="bold"),
             Text(change, style=_TONES[tone]),
             Text(tone if change else "", style=_TONES[tone]),
-            interval_text(outcome.after.intervals.get(metric.key), metric),
-            f"{counts[metric.key]:,}" if metric.key in counts else "",
-            end_section=metric.key in ("score", "generation"),
+            *certainty,
+            end_section=key in ("score", "generation"),
         )
     return table
 
 
-def continuations_table(outcome: EditOutcome, n: int = 6) -> Table:
+def continuations_table(
+    before: Sequence[FactResult], after: Sequence[FactResult], n: int = 6
+) -> Table:
     """What the model says after `n` evenly chosen prompts, before and after, and what it should."""
     table = _table()
     table.add_column("prompt", ratio=5, overflow="fold")
     table.add_column("before", ratio=4, overflow="fold", style="dim")
     table.add_column("after", ratio=4, overflow="fold")
     table.add_column("wanted", ratio=3, overflow="fold")
-    for before, after in sample(outcome, n):
-        mark = "yes" if after.generation else "no"
-        wanted = Text(f"{after.target_new} ")
-        wanted.append(f"({mark})", style=_TONES["better" if after.generation else "worse"])
-        table.add_row(Text(after.prompt), Text(said(before)), Text(said(after)), wanted)
+    for old, new in sample(before, after, n):
+        mark = "yes" if new.generation else "no"
+        wanted = Text(f"{new.target_new} ")
+        wanted.append(f"({mark})", style=_TONES["better" if new.generation else "worse"])
+        table.add_row(Text(new.prompt), Text(said(old)), Text(said(new)), wanted)
     return table
 
 

@@ -43,11 +43,12 @@ def test_the_same_judgements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         results[kind] = ran.result
     torch.set_num_threads(threads)
     inline, ray = results["inline"], results["ray"]
-    for part in ("metrics", "intervals", "relations", "per_fact"):
+    for part in ("metrics", "intervals", "before", "changes", "relations", "per_fact"):
         assert inline[part] == ray[part], part
+    assert inline["before"]["metrics"]["drift_kl"] == 0 and inline["changes"]
     assert inline["metrics"]["drift_kl"] > 0.01 and inline["metrics"]["perplexity"] > 1
     one, other = (pq.read_table(tmp_path / kind / "facts.parquet") for kind in KINDS)
-    assert one.equals(other) and one.num_rows == len(FACTS) + len(MORE_FACTS)
+    assert one.equals(other) and one.num_rows == 2 * len([*FACTS, *MORE_FACTS])
 
 
 def _not_here(worker: Worker, *arguments: Any, **more: Any) -> None:

@@ -292,23 +292,3 @@ def test_judgements(both: tuple[Executor, Executor], tmp_path: Path) -> None:
     (third, _), (fourth, _) = (judged(executor, reference) for executor in both)
     assert third == fourth
     assert third.metrics["neighbourhood_kl"] > 0.01 < third.metrics["drift_kl"]
-
-
-def test_predictions_are_those_that_a_judgement_of_the_base_gives(
-    both: tuple[Executor, Executor],
-) -> None:
-    found = [
-        stages.predictions(executor, REQUESTS, settings=JUDGEMENT, progress=Silent())
-        for executor in both
-    ]
-    _, expected = stages.judge(
-        both[0],
-        REQUESTS,
-        heldout=(),
-        reference=None,
-        settings=JUDGEMENT,
-        progress=Silent(),
-    )
-    for reference in found:
-        assert reference.contexts == expected.contexts
-        assert torch.equal(reference.logprobs_NV, expected.logprobs_NV)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ import torch
 from memedit.outcome import METRIC_KEYS
 from tests.tiny import save_tiny
 from tests.workflows.runs import Ran, edit, measured, memedit, quick, setting, write_rows
-from workflows.comparison_page import curves_plot, line_style, spread
 
 METHODS = "memit,memedit,emmet,alphaedit"
 
@@ -117,42 +114,8 @@ def test_each_relation_has_its_metrics(done: tuple[Path, Any]) -> None:
 
 def test_the_page_needs_nothing_else(done: tuple[Path, Any]) -> None:
     page = (done[0] / "out" / "page.html").read_text()
-    assert page.count("<svg") == 4 and "http" not in page.replace("http://www.w3.org", "")
+    assert page.count("<svg") == 5 and "http" not in page.replace("http://www.w3.org", "")
     assert "raise solve.null_threshold" in page and "3 facts" in page and "1 fact<" in page
-
-
-def test_lines_can_be_told_apart() -> None:
-    assert len({line_style(place)[:2] for place in range(15)}) == 15
-    names = ["base", *"abcdefgh"]
-    rows = [
-        {"method": name, "edits": edits, "metrics": {"score": 50.0}, "intervals": {}}
-        for name in names
-        for edits in (1, 10)
-    ]
-    drawn = curves_plot(rows, "score")
-    places = re.findall(r'y="([\d.]+)"[^>]*>(base|[a-h])</text>', drawn)
-    assert sorted(name for _, name in places) == sorted(names)
-    heights = sorted(float(y) for y, _ in places)
-    assert all(b - a > 10 for a, b in pairwise(heights))  # as high as their letters
-
-
-def test_labels_keep_their_distance_and_order() -> None:
-    heights = [50.0, 51.0, 90.0, 49.5, 0.0, 50.0]
-    found = spread(heights, 12.0)
-    assert found[2] == 90 and found[4] == 0
-    order = sorted(range(6), key=lambda i: heights[i])
-    assert order == sorted(range(6), key=lambda i: found[i])
-    ascending = sorted(found)
-    assert all(b - a >= 12 - 1e-9 for a, b in pairwise(ascending))
-    near = [found[i] for i in (0, 1, 3, 5)]
-    assert sum(near) / 4 == pytest.approx(sum(heights[i] for i in (0, 1, 3, 5)) / 4)
-
-
-def test_a_curve_of_what_was_not_measured_is_not_drawn() -> None:
-    assert (
-        curves_plot([{"method": "memit", "edits": 1, "metrics": None, "intervals": {}}], "score")
-        == ""
-    )
 
 
 def test_methods_of_one_layer(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import torch
 from memedit.outcome import METRIC_KEYS
 from tests.tiny import POSITIONS, save_tiny, tiny_tokenizer
 from tests.workflows.runs import FACTS, LOUVRE, contents, memedit, write_rows
+from workflows.plain import plain
 
 FLAGS = ("--json", "--set", "evaluation.fluency_tokens=4")
 
@@ -32,8 +33,12 @@ def facts(tmp_path: Path) -> Path:
 def test_what_it_prints(base: Path, facts: Path, tmp_path: Path) -> None:
     before = contents(tmp_path) | contents(base)
     result = memedit("evaluate", "--model", base, "--facts", facts, *FLAGS).result
-    names = ["model", "facts", "metrics", "intervals", "relations", "per_fact", "timings_s", "out"]
-    assert list(result) == names and result["out"] is None
+    assert list(result) == [
+        *("model", "facts", "metrics", "intervals", "before", "changes", "relations", "per_fact"),
+        *("timings_s", "out", "report"),
+    ]
+    assert result["out"] is result["report"] is result["before"] is None
+    assert result["changes"] == {}
     assert result["facts"] == {"read": 3, "accepted": 3, "rejected": 0, "duplicates": 0}
     metrics = result["metrics"]
     assert tuple(metrics) == METRIC_KEYS
@@ -74,17 +79,21 @@ def test_the_table_of_facts_is_what_the_metrics_are_made_of(base: Path, tmp_path
         *(*FLAGS, *tokens),
     )
     result = ran.result
-    assert sorted(p.name for p in out.iterdir()) == ["facts.parquet", "results.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["facts.parquet", "report.html", "results.json"]
     assert json.loads((out / "results.json").read_text()) == result
-    table = pq.read_table(out / "facts.parquet").to_pylist()
-    assert [row["case_id"] for row in table] == [f["case_id"] for f in result["per_fact"]]
-    for key in ("attribute", "portability", "neighbourhood_exact", "paraphrase_accuracy"):
-        shares = [fmean(row[key]) for row in table if row[key]]
-        assert result["metrics"][key] == pytest.approx(100 * fmean(shares)), key
-    for key, scale in (("consistency", 100), ("neighbourhood_kl", 1)):
-        values = [row[key] for row in table if row[key] is not None]
-        assert values and result["metrics"][key] == pytest.approx(scale * fmean(values)), key
+    assert result["report"] == str(out / "report.html")
+    both = pq.read_table(out / "facts.parquet").to_pylist()
+    for name, metrics in (("before", result["before"]["metrics"]), ("after", result["metrics"])):
+        table = [row for row in both if row["model"] == name]
+        assert [row["case_id"] for row in table] == [f["case_id"] for f in result["per_fact"]]
+        for key in ("attribute", "portability", "neighbourhood_exact", "paraphrase_accuracy"):
+            shares = [fmean(row[key]) for row in table if row[key]]
+            assert metrics[key] == pytest.approx(100 * fmean(shares)), key
+        for key, scale in (("consistency", 100), ("neighbourhood_kl", 1)):
+            values = [row[key] for row in table if row[key] is not None]
+            assert values and metrics[key] == pytest.approx(scale * fmean(values)), key
     assert result["metrics"]["neighbourhood_kl"] > 0.1
+    assert result["before"]["metrics"]["neighbourhood_kl"] == 0
     rich = [row for row in table if row["relation"] == "P131"]
     assert [len(row["texts"]) for row in rich] == [2, 2]
     assert all(row["texts"][0].startswith("The Louvre stands") for row in rich)
@@ -96,6 +105,82 @@ def test_the_table_of_facts_is_what_the_metrics_are_made_of(base: Path, tmp_path
     assert first["metrics"]["efficacy_exact"] == pytest.approx(exact)
     low, high = first["intervals"]["efficacy_accuracy"]
     assert low <= first["metrics"]["efficacy_accuracy"] <= high
+
+
+def test_the_base_is_judged_as_if_it_were_the_model(base: Path, tmp_path: Path) -> None:
+    """On the same facts and text, with the same prompts for free text; without drift of its own."""
+    facts = write_rows(tmp_path / "facts.jsonl", [*FACTS, {**RICH, "subject": "Colosseum"}])
+    other = save_tiny(tmp_path / "other", seed=1)
+    text = tmp_path / "text.txt"
+    text.write_text("The capital of France is Paris. The capital of Italy is Rome. " * 20)
+    told = (*("--facts", facts, "--text", text), *FLAGS)
+    result = memedit("evaluate", "--model", other, "--base", base, *told).result
+    model, alone = (memedit("evaluate", "--model", each, *told).result for each in (other, base))
+    before = result["before"]
+    assert before["model"] == str(base)
+    assert (before["metrics"]["drift_kl"], before["metrics"]["drift_top1"]) == (0, 100)
+    drift = ("drift_kl", "drift_top1", "neighbourhood_kl")
+    for found, expected in ((before, alone), (result, model)):
+        for part in ("metrics", "intervals"):
+            kept = {name: value for name, value in found[part].items() if name not in drift}
+            assert kept == {n: v for n, v in expected[part].items() if n not in drift}
+    assert before["metrics"]["perplexity"] != result["metrics"]["perplexity"]
+    assert before["metrics"]["consistency"] is not None
+
+    # A change is a difference of means over the same facts.
+    for name in ("efficacy_accuracy", "paraphrase", "neighbourhood_kl"):
+        low, high = result["changes"][name]
+        assert low <= result["metrics"][name] - before["metrics"][name] <= high, name
+    assert result["changes"]["neighbourhood_kl"] == result["intervals"]["neighbourhood_kl"]
+
+
+def test_against_itself_nothing_has_changed(base: Path, facts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    models = ("--model", base, "--base", base)
+    result = memedit("evaluate", *models, "--facts", facts, "--out", out, *FLAGS).result
+    before = result["before"]["metrics"]
+    assert result["metrics"] | {"drift_kl": 0, "neighbourhood_kl": 0} == before
+    assert result["metrics"]["drift_kl"] == pytest.approx(0, abs=1e-6)
+    assert result["metrics"]["neighbourhood_kl"] == pytest.approx(0, abs=1e-6)
+    changes = result["changes"]
+    del changes["neighbourhood_kl"]
+    assert changes and all(pair == [0, 0] for pair in changes.values())
+
+
+def test_without_neighbours_drift_is_measured_on_names_of_the_text(
+    base: Path, tmp_path: Path
+) -> None:
+    rows = [{key: row[key] for key in row if key != "neighbourhood"} for row in FACTS]
+    facts = write_rows(tmp_path / "facts.jsonl", rows)
+    other, text = save_tiny(tmp_path / "other", seed=1), tmp_path / "text.txt"
+    text.write_text("The capital of France is Paris. The capital of Italy is Rome. " * 20)
+    told = ("--model", other, "--base", base, "--facts", facts, *FLAGS)
+    alone = memedit("evaluate", *told).result
+    assert alone["metrics"]["drift_kl"] is alone["before"]["metrics"]["drift_kl"] is None
+    with_text = memedit("evaluate", *told, "--text", text).result
+    assert with_text["metrics"]["drift_kl"] > 0.1 and with_text["metrics"]["neighbourhood"] is None
+    assert with_text["before"]["metrics"]["drift_kl"] == 0
+
+
+def test_people_are_shown_both_models(base: Path, facts: Path, tmp_path: Path) -> None:
+    other, out = save_tiny(tmp_path / "other", seed=1), tmp_path / "out"
+    models = ("--model", other, "--base", base)
+    shown = memedit("evaluate", *models, "--facts", facts, "--out", out, *FLAGS[1:]).stdout
+    assert "before" in shown and "95% of change" in shown and "Drift, KL" in shown
+    assert "3 facts judged" in shown and str(out) in shown.replace("\n", "")
+    assert all(len(line) <= 80 for line in shown.splitlines())
+
+
+def test_without_a_base_the_table_and_the_page_have_the_model_alone(
+    base: Path, facts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = memedit("evaluate", "--model", base, "--facts", facts, "--out", out, *FLAGS).result
+    table = pq.read_table(out / "facts.parquet").to_pylist()
+    assert [row.pop("model") for row in table] == ["after"] * 3
+    assert plain(table) == result["per_fact"]
+    page = (out / "report.html").read_text()
+    assert "3 facts judged" in page and "Before" not in page
 
 
 def test_a_number_that_is_not_finite_is_null_in_the_file_too(
@@ -137,12 +222,6 @@ def test_people_are_shown_relations(base: Path, tmp_path: Path) -> None:
     )
     shown = memedit("evaluate", "--model", base, "--facts", facts, *FLAGS[1:]).stdout
     assert "P131" in shown and "Attribute" in shown and FACTS[0]["prompt"] not in shown
-
-
-def test_against_itself_nothing_drifts(base: Path, facts: Path) -> None:
-    ran = memedit("evaluate", "--model", base, "--base", base, "--facts", facts, *FLAGS)
-    assert ran.result["metrics"]["drift_kl"] == pytest.approx(0, abs=1e-6)
-    assert ran.result["metrics"]["drift_top1"] == 100
 
 
 def test_against_another_model_it_drifts(base: Path, facts: Path, tmp_path: Path) -> None:

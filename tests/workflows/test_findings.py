@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from memedit.outcome import METRIC_KEYS, EditOutcome, Evaluation, FactResult, TargetTrace
+from memedit.outcome import METRIC_KEYS, Evaluation, FactResult, TargetTrace
 from tests.workflows.outcomes import example_outcome
 from workflows.findings import failures, probability, sample, verdict, weakest
 from workflows.metrics import METRICS
@@ -26,11 +26,6 @@ LOST = FactResult(
 TRACE = TargetTrace(
     case_id="a", losses=(9.0, 3.0, 0.04), steps=2, h_norm=10.0, delta_norm=5.0, converged=True
 )
-
-
-def one(fact: FactResult, *traces: TargetTrace) -> EditOutcome:
-    outcome = example_outcome(1)
-    return replace(outcome, after=Evaluation(metrics={}, facts=(fact,)), traces=traces)
 
 
 def test_every_metric_has_a_name():
@@ -56,7 +51,7 @@ def test_every_metric_has_a_name():
     ],
 )
 def test_a_failure_is_given_the_reason_that_the_traces_show(fact, trace, reason, detail):
-    (failure,) = failures(one(fact, *([trace] if trace else [])))
+    (failure,) = failures([], [fact], [trace] if trace else [], clamp=0.75)
     assert failure.reason == reason
     assert detail in failure.detail
 
@@ -70,7 +65,7 @@ def test_a_failure_is_given_the_reason_that_the_traces_show(fact, trace, reason,
     ],
 )
 def test_a_fact_that_is_there_is_no_failure(fact):
-    assert failures(one(fact, TRACE)) == ()
+    assert failures([], [fact], [TRACE]) == ()
 
 
 def test_the_worst_failure_comes_first():
@@ -78,18 +73,15 @@ def test_the_worst_failure_comes_first():
         replace(LOST, case_id=c, efficacy=e, logprob_new=p)
         for c, e, p in (("weak", True, -9.0), ("near", False, -1.5), ("far", False, -8.0))
     )
-    outcome = replace(example_outcome(1), after=Evaluation(metrics={}, facts=facts))
-    assert [f.after.case_id for f in failures(outcome)] == ["far", "near", "weak"]
+    found = failures([replace(LOST, case_id="near", continuation=" Spain")], facts)
+    assert [f.after.case_id for f in found] == ["far", "near", "weak"]
+    assert [f.before and f.before.continuation for f in found] == [None, " Spain", None]
 
 
 def test_a_neighbour_counts_as_lost_only_when_it_was_right_before():
     good = replace(LOST, efficacy=True, efficacy_exact=True, paraphrase=(True, False))
-    outcome = replace(
-        example_outcome(1),
-        before=Evaluation(metrics={}, facts=(replace(LOST, neighbourhood=(True, False, True)),)),
-        after=Evaluation(metrics={}, facts=(replace(good, neighbourhood=(False, False, True)),)),
-    )
-    (found,) = weakest(outcome)
+    before = replace(LOST, neighbourhood=(True, False, True))
+    (found,) = weakest([before], [replace(good, neighbourhood=(False, False, True))])
     assert (found.paraphrases_failed, found.neighbours_lost) == (1, 1)
 
 
@@ -100,31 +92,51 @@ def test_a_neighbour_counts_as_lost_only_when_it_was_right_before():
 def test_the_verdict_follows_the_efficacy(efficacy, words):
     outcome = example_outcome(10)
     after = replace(outcome.after, metrics={**outcome.after.metrics, "efficacy": efficacy})
-    assert words in verdict(replace(outcome, after=after)).headline
+    assert words in verdict(outcome.before, after, "10 facts written").headline
 
 
 def test_the_verdict_names_what_was_damaged_against_the_base():
-    outcome = example_outcome(10)
     before = Evaluation(metrics={"neighbourhood": 71.0, "perplexity": 20.0})
     after = Evaluation(metrics={"efficacy": 99.0, "neighbourhood": 61.0, "perplexity": 22.0})
-    damage = verdict(replace(outcome, before=before, after=after)).damage
+    damage = verdict(before, after, "10 facts written").damage
     assert "10.0 points of the facts about other subjects were lost" in damage
     assert "perplexity on other text rose by 10.0%" in damage
 
 
+@pytest.mark.parametrize(
+    ("efficacy", "measured", "headline", "tone"),
+    [
+        (99.0, {"perplexity": 24.9, "drift_top1": 50.0}, "facts, and the edit works.", "better"),
+        (
+            99.0,
+            {"perplexity": 25.0},
+            "facts, and the edit works, but the model is damaged.",
+            "worse",
+        ),
+        (80.0, {"perplexity": math.inf}, "works in part, but the model is damaged.", "worse"),
+        (99.0, {"drift_top1": 49.9}, "works, but the model is damaged.", "worse"),
+        (9.0, {"drift_top1": 1.0}, "does not work, and the model is damaged.", "worse"),
+    ],
+)
+def test_a_damaged_model_is_called_so(efficacy, measured, headline, tone):
+    base = Evaluation(metrics={"perplexity": 20.0, "drift_top1": 100.0})
+    found = verdict(base, Evaluation(metrics={"efficacy": efficacy, **measured}), "facts")
+    assert found.headline.endswith(headline) and found.tone == tone
+
+
 def test_the_verdict_without_an_evaluation_claims_nothing():
-    outcome = replace(
-        example_outcome(1), before=Evaluation(metrics={}), after=Evaluation(metrics={})
-    )
-    found = verdict(outcome)
-    assert "not evaluated" in found.headline
+    found = verdict(None, Evaluation(metrics={}), "1 fact written")
+    assert found.headline == "1 fact written, not evaluated."
     assert found.success == "" and "not measured" in found.damage
 
 
 def test_the_sample_is_even_and_never_longer_than_there_are_facts():
     outcome = example_outcome(100)
-    assert [a.case_id for _, a in sample(outcome, 4)] == ["case-0", "case-25", "case-50", "case-75"]
-    assert len(sample(example_outcome(3), 8)) == 3
+    before, after = outcome.before.facts, outcome.after.facts
+    picked = sample(before, after, 4)
+    assert [a.case_id for _, a in picked] == ["case-0", "case-25", "case-50", "case-75"]
+    assert all(b is not None and b.case_id == a.case_id for b, a in picked)
+    assert len(sample(before[:3], after[:3], 8)) == 3
 
 
 def test_small_words():
