@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from benchmarks.material import shown
+from memedit.outcome import FactResult
 
 ROOT = Path(__file__).resolve().parents[1]
 _DECIMALS = {"fluency": 2, "perplexity": 2, "drift_kl": 3}
@@ -98,6 +101,21 @@ def metric_cells(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]
         if interval := row["intervals"].get(name):
             cells[name] += f" ({interval[0]:.1f} to {interval[1]:.1f})"
     return cells
+
+
+def judgements(compared: Path, method: str) -> list[FactResult]:
+    """What the folder of a comparison has of one method's facts, in the order of the others."""
+    names = FactResult.__annotations__
+    rows = pq.read_table(compared / "judgements.parquet").to_pylist()
+    return [
+        FactResult(**{name: _value(row[name]) for name in names})
+        for row in rows
+        if row["method"] == method
+    ]
+
+
+def _value(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def checkpoint_bytes_float32(folder: Path) -> int:

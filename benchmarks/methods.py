@@ -1,6 +1,7 @@
 """Editing methods side by side on the same facts, with the same z vectors and statistics.
 
     python -m benchmarks.methods                                  # memit and memedit, 250 facts
+    python -m benchmarks.methods --count 1000 --edits 999 --seeds 0       # one cannot be edited
     python -m benchmarks.methods --time --seeds 0                 # what memedit takes more
     python -m benchmarks.methods --half first --set protect.weight=5    # to choose settings
 
@@ -17,11 +18,17 @@ import random
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from benchmarks.job import compare, metric_cells, run_edit
+from benchmarks.job import compare, judgements, metric_cells, run_edit
 from benchmarks.material import SCORES, add_half_argument, add_material_arguments, half_of
 from benchmarks.record import append_row, save_json
+from memedit.intervals import changes_of
+from memedit.outcome import FactResult
+from memedit.protection import neighbours_of
+from memedit.requests import EditRequest
+from workflows.facts import read_facts
 
 BESIDE = ("perplexity", "drift_kl", "drift_top1")
 
@@ -31,7 +38,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_material_arguments(parser)
     parser.add_argument("--methods", default="memit,memedit")
-    parser.add_argument("--count", type=int, default=250, help="of facts")
+    parser.add_argument("--count", type=int, default=250, help="of facts that are drawn")
+    parser.add_argument("--edits", type=int, help="of those, where the model refuses some")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add_half_argument(parser)
     parser.add_argument("--time", action="store_true", help="time whole jobs")
@@ -56,16 +64,39 @@ def judge(args: argparse.Namespace, seed: int, facts: Path, more: Sequence[str])
         facts=facts,
         corpus=args.corpus,
         out=facts.parent / "compared",
-        more=["--methods", args.methods, "--edits", str(args.count), *more],
+        more=["--methods", args.methods, "--edits", str(args.edits or args.count), *more],
     )
+    requests = read_facts(facts, on_bad_row="skip").requests
+    judged = {
+        r["method"]: judgements(facts.parent / "compared", r["method"]) for r in found["rows"]
+    }
+    first, *_ = args.methods.split(",")
     for row in found["rows"]:
-        cells = {"facts": str(args.count), "half": args.half, "seed": str(seed)}
+        method = row["method"]
+        cells = {"facts": str(row["edits"]), "half": args.half, "seed": str(seed)}
         cells |= {"method": row["method"], "λ": "" if row["lam"] is None else f"{row['lam']:g}"}
         cells |= metric_cells(row, (*SCORES, *BESIDE))
+        cells["neighbourhood, never protected"] = f"{never_protected(requests, judged[method]):.1f}"
+        change = changes_of(judged[first], judged[method]).get("score", (0.0, 0.0))
+        cells[f"score against {first}"] = (
+            "" if method == first else "{:+.1f} to {:+.1f}".format(*change)
+        )
         cells |= {"repairs": _repairs(row["repairs"]), "set": " ".join(args.changes)}
         append_row("methods", cells)
         print("  ".join(f"{name} {value}" for name, value in cells.items()), flush=True)
     save_json(f"methods-{args.count}-{seed}", found)
+
+
+def never_protected(requests: Sequence[EditRequest], judged: Sequence[FactResult]) -> float:
+    """Neighbourhood, in percent, on the prompts that `memedit` leaves for measuring."""
+    measured = set(neighbours_of(requests).measured)
+    near = {request.case_id: request.neighbourhood for request in requests}
+    shares = []
+    for fact in judged:
+        pairs = zip(near[fact.case_id], fact.neighbourhood, strict=True)
+        if kept := [right for neighbour, right in pairs if neighbour.prompt in measured]:
+            shares.append(fmean(kept))
+    return 100 * fmean(shares)
 
 
 def time_jobs(args: argparse.Namespace, seed: int, facts: Path, more: Sequence[str]) -> None:

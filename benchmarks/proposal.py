@@ -15,17 +15,13 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from benchmarks.job import ROOT, compare, metric_cells
+from benchmarks.job import ROOT, compare, judgements, metric_cells
 from benchmarks.material import SCORES, add_material_arguments, half_of
 from benchmarks.record import append_row, save_json
 from memedit.intervals import changes_of
-from memedit.outcome import FactResult
 from workflows.models import resolve_model
 
 BESIDE = ("perplexity", "drift_kl")
@@ -65,7 +61,7 @@ def main() -> None:
                 more=[*more, *layers],
             )
             rows[name] = next(row for row in found["rows"] if row["method"] == args.method)
-            judged[name] = judgements(out / "judgements.parquet", args.method)
+            judged[name] = judgements(out, args.method)
     changes = changes_of(judged["default"], judged["proposed"])
     for name, row in rows.items():
         cells = {"traced": str(traced["facts"]["traced"]), "noise": str(args.samples)}
@@ -88,20 +84,6 @@ def trace(args: argparse.Namespace, facts: Path, out: Path) -> dict[str, Any]:
     words += ["--limit", str(args.limit), "--set", f"trace.samples={args.samples}"]
     done = subprocess.run(words, stdout=subprocess.PIPE, check=True, cwd=ROOT)
     return json.loads(done.stdout)  # type: ignore[no-any-return]
-
-
-def judgements(path: Path, method: str) -> Sequence[FactResult]:
-    """What a comparison has kept of one method's facts."""
-    names = FactResult.__annotations__
-    return [
-        FactResult(**{name: _value(row[name]) for name in names})
-        for row in pq.read_table(path).to_pylist()
-        if row["method"] == method
-    ]
-
-
-def _value(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

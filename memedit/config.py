@@ -94,10 +94,10 @@ class ProtectSettings:
     """So many prompts; 0 protects nothing."""
     weight: float = 3.0
     """Of the mean C_p of their keys, against 1 of the corpus' C."""
-    source: Literal["templates", "neighbourhood"] = "templates"
-    """The facts' own templates with names out of the corpus; or the facts' neighbourhood prompts,
-    filled up with those. Prompts that are protected judge an edit too kindly, so the second is to
-    be asked for."""
+    source: Literal["neighbourhood", "templates"] = "neighbourhood"
+    """Half of the facts' neighbourhood prompts, filled up with the facts' own templates with names
+    out of the corpus; or the latter alone. The other half of the neighbours is never protected, and
+    drift is measured there."""
     seed: int = 0
 
 

@@ -7,6 +7,7 @@ free to move. Knows facts and text; does not know models or tokens.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -47,19 +48,49 @@ def protecting_prompts(
         settings: How many to protect, and where they come from.
         heldout: How many to measure on.
     """
-    edited = {text for request in requests for text in (request.text, *request.paraphrases)}
-    wanted = settings.prompts + heldout
+    edited, wanted = _edited(requests), settings.prompts + heldout
     random = Random(settings.seed)
     made = templated(requests, names_in(texts), count=wanted, random=random)
     given: list[str] = []
     if settings.source == "neighbourhood":
-        given = list(dict.fromkeys(n.prompt for r in requests for n in r.neighbourhood))
+        given = neighbours_of(requests).protectable
         random.shuffle(given)
     # What is protected by name comes first; what is measured stays free of it if it can.
     prompts = [prompt for prompt in dict.fromkeys((*given, *made)) if prompt not in edited]
     prompts = prompts[:wanted]
     kept = -(-len(prompts) * settings.prompts // max(1, wanted))
     return ProtectingPrompts(protected=tuple(prompts[:kept]), heldout=tuple(prompts[kept:]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbours:
+    """Neighbourhood prompts of some facts, each once, that none of the facts edits."""
+
+    measured: list[str]
+    """Those that drift is measured on, and that are never protected."""
+    protectable: list[str]
+
+
+def neighbours_of(requests: Sequence[EditRequest]) -> Neighbours:
+    """Every other neighbourhood prompt, by its digest, is for measuring; the rest may be protected.
+
+    A prompt is on the same side whatever the batch, so that what measures one edit was not
+    protected in another. Where there would be none to measure on, all are, and none may be
+    protected.
+    """
+    edited = _edited(requests)
+    prompts = dict.fromkeys(n.prompt for r in requests for n in r.neighbourhood)
+    found = Neighbours(measured=[], protectable=[])
+    for prompt in (prompt for prompt in prompts if prompt not in edited):
+        odd = hashlib.sha256(prompt.encode()).digest()[0] % 2
+        (found.measured if odd else found.protectable).append(prompt)
+    if not found.measured:
+        return Neighbours(measured=found.protectable, protectable=[])
+    return found
+
+
+def _edited(requests: Sequence[EditRequest]) -> set[str]:
+    return {text for request in requests for text in (request.text, *request.paraphrases)}
 
 
 def prompts_elsewhere(
@@ -70,7 +101,7 @@ def prompts_elsewhere(
     For facts without neighbourhood prompts. Text that is held out has other names than those that
     are protected.
     """
-    edited = {text for request in requests for text in (request.text, *request.paraphrases)}
+    edited = _edited(requests)
     made = templated(requests, names_in(texts), count=count, random=Random(0))
     return [prompt for prompt in dict.fromkeys(made) if prompt not in edited]
 

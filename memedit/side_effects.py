@@ -27,6 +27,7 @@ from memedit.consistency import inverse_document_frequency
 from memedit.generate import greedy_continuations
 from memedit.intervals import ratio_interval
 from memedit.prompts import encode
+from memedit.protection import neighbours_of
 from memedit.requests import EditRequest
 from memedit.scoring import (
     Ids,
@@ -396,11 +397,9 @@ def ngram_entropy(text: str) -> float:
 def drift_prompts(requests: Sequence[EditRequest], limit: int) -> list[str]:
     """Unique neighbourhood prompts, evenly spread over the facts, at most `limit`.
 
-    A neighbour's prompt that another fact of the batch edits is left out.
+    Of those that no fact of the batch edits, and that no method protects.
     """
-    edited = {text for request in requests for text in (request.text, *request.paraphrases)}
-    prompts = list(dict.fromkeys(n.prompt for r in requests for n in r.neighbourhood))
-    prompts = [prompt for prompt in prompts if prompt not in edited]
+    prompts = neighbours_of(requests).measured
     if len(prompts) > limit:
         prompts = [prompts[i * len(prompts) // limit] for i in range(limit)]
     return prompts

@@ -6,6 +6,7 @@ tiny one whose head leans towards some tokens, so that a fact can be said, half 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -336,7 +337,8 @@ def test_drift_is_the_divergence_of_torchs_distributions(model: PreTrainedModel)
     edited = {t for f in FACTS for t in (f.text, *f.paraphrases)}
     prompts = dict.fromkeys(n.prompt for f in FACTS for n in f.neighbourhood)
     kl, same = {}, {}
-    for prompt in prompts.keys() - edited:
+    odd = {p for p in prompts if hashlib.sha256(p.encode()).digest()[0] % 2}  # never protected
+    for prompt in odd - edited:
         p, q = next_token(model, prompt), next_token(changed, prompt)
         kl[prompt] = float(torch.distributions.kl_divergence(p, q))
         same[prompt] = bool(p.probs.argmax() == q.probs.argmax())
@@ -346,8 +348,9 @@ def test_drift_is_the_divergence_of_torchs_distributions(model: PreTrainedModel)
     per_fact = []
     for fact, result in zip(FACTS, found.facts, strict=True):
         near = [kl[n.prompt] for n in fact.neighbourhood if n.prompt in kl]
-        per_fact.append(float(np.mean(near)))
-        assert result.neighbourhood_kl == pytest.approx(per_fact[-1], rel=1e-4)
+        if near:
+            per_fact.append(float(np.mean(near)))
+        assert result.neighbourhood_kl == (pytest.approx(per_fact[-1], rel=1e-4) if near else None)
     assert found.metrics["neighbourhood_kl"] == pytest.approx(float(np.mean(per_fact)), rel=1e-4)
 
 

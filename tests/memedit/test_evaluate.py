@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import replace
@@ -299,9 +300,10 @@ def test_an_evaluation_of_the_base_and_of_a_changed_model() -> None:
         changed.model.layers[2].mlp.down_proj.weight.mul_(-1)
     after, kept = evaluate(changed, FACTS, heldout=heldout, reference=reference, settings=SMALL)
     assert kept is reference
-    # KL(base || changed), by hand, over the three different neighbourhood prompts.
-    prompts = list(dict.fromkeys(n.prompt for f in FACTS for n in f.neighbourhood))
-    assert len(prompts) == 3
+    # KL(base || changed), by hand, over those of the three neighbourhood prompts that are measured.
+    near = dict.fromkeys(n.prompt for f in FACTS for n in f.neighbourhood)
+    prompts = [p for p in near if hashlib.sha256(p.encode()).digest()[0] % 2]
+    assert len(near) == 3 and prompts
     divergences, agreements = [], []
     for prompt in prompts:
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
@@ -314,8 +316,8 @@ def test_an_evaluation_of_the_base_and_of_a_changed_model() -> None:
     assert fmean(divergences) > 1e-3
     by_prompt = dict(zip(prompts, divergences, strict=True))
     for fact, judged in zip(FACTS, after.facts, strict=True):
-        near = [by_prompt[n.prompt] for n in fact.neighbourhood]
-        assert judged.neighbourhood_kl == (pytest.approx(fmean(near), rel=1e-4) if near else None)
+        moved = [by_prompt[n.prompt] for n in fact.neighbourhood if n.prompt in by_prompt]
+        assert judged.neighbourhood_kl == (pytest.approx(fmean(moved), rel=1e-4) if moved else None)
     per_fact = [f.neighbourhood_kl for f in after.facts if f.neighbourhood_kl is not None]
     assert after.metrics["neighbourhood_kl"] == pytest.approx(fmean(per_fact))
     low, high = after.intervals["neighbourhood_kl"]
@@ -348,11 +350,11 @@ def test_drift_prompts_are_unique_spread_and_not_edited() -> None:
         for i in range(10)
     ]
     texts = drift_prompts(facts, 1000)
-    assert len(texts) == len(set(texts)) == 21
+    assert len(texts) == len(set(texts)) and 5 < len(texts) < 16  # about half of 21
     assert "the number 3 is" not in texts
-    few = drift_prompts(facts, 7)
-    assert len(set(few)) == 7 and set(few) <= set(texts)
-    assert len({text.split()[1] for text in few if "number" in text}) >= 6
+    few = drift_prompts(facts, 4)
+    assert len(set(few)) == 4 and set(few) <= set(texts)
+    assert [texts.index(text) for text in few] == [i * len(texts) // 4 for i in range(4)]
 
 
 def test_drift_against_a_reference_in_bfloat16_and_back() -> None:

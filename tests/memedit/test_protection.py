@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 
 from memedit.config import ProtectSettings
 from memedit.protection import (
+    Neighbours,
     ProtectingPrompts,
     names_in,
+    neighbours_of,
     prompts_elsewhere,
     protecting_prompts,
 )
 from memedit.requests import EditRequest, Neighbour
+from memedit.side_effects import drift_prompts
 
 TEXT = (
     "The river Danube flows through Vienna, and past Bratislava. Nobody knows what Anna Maria of "
@@ -68,11 +71,10 @@ def chosen(
     prompts: int,
     heldout: int = 0,
     *,
-    source: Literal["templates", "neighbourhood"] = "templates",
     seed: int = 0,
     texts: Sequence[str] = (TEXT,),
 ) -> ProtectingPrompts:
-    settings = ProtectSettings(prompts=prompts, source=source, seed=seed)
+    settings = ProtectSettings(prompts=prompts, seed=seed)
     return protecting_prompts(FACTS, texts, settings=settings, heldout=heldout)
 
 
@@ -95,11 +97,47 @@ def test_what_is_measured_is_not_protected() -> None:
     assert chosen(6, 2) == found and chosen(6, 2, seed=1) != found
 
 
-def test_neighbourhood_prompts_only_where_they_are_asked_for() -> None:
-    assert "Kiel is" not in chosen(9).protected
-    found = chosen(9, source="neighbourhood")
-    assert found.protected[0] == "Kiel is" and len(found.protected) == 9
-    assert chosen(9, source="neighbourhood", texts=()).protected == ("Kiel is",)
+NEAR = [f"The flag of country {i} is" for i in range(40)]
+WITH_NEIGHBOURS = [
+    fact(i, subject, neighbourhood=tuple(Neighbour(prompt=p, target="x") for p in NEAR[i::2]))
+    for i, subject in enumerate(("Vienna", "Oslo"))
+]
+
+
+def test_half_of_the_neighbours_is_measured_and_never_protected() -> None:
+    found = neighbours_of(WITH_NEIGHBOURS)
+    assert sorted(found.measured + found.protectable) == sorted(NEAR)
+    assert 10 < len(found.measured) < 30
+    # The side of a prompt does not depend on the batch.
+    for each in WITH_NEIGHBOURS:
+        assert set(neighbours_of([each]).measured) <= set(found.measured)
+    assert drift_prompts(WITH_NEIGHBOURS, 100) == found.measured
+    protected = protecting_prompts(
+        WITH_NEIGHBOURS, [TEXT], settings=ProtectSettings(prompts=200), heldout=10
+    )
+    chosen_ones = {*protected.protected, *protected.heldout}
+    assert set(found.protectable) <= chosen_ones and not chosen_ones & set(found.measured)
+    bonn = fact(9, "Bonn", NEAR[0].replace("country 0", "{}"), paraphrases=(NEAR[1], NEAR[2]))
+    edited = neighbours_of([*WITH_NEIGHBOURS, bonn])
+    assert not {NEAR[1], NEAR[2]} & {*edited.measured, *edited.protectable}
+
+
+def test_a_single_neighbour_is_measured() -> None:
+    for prompt in NEAR:
+        one = fact(0, "Vienna", neighbourhood=(Neighbour(prompt=prompt, target="x"),))
+        assert neighbours_of([one]) == Neighbours(measured=[prompt], protectable=[])
+
+
+def test_neighbourhood_prompts_come_first_unless_templates_are_asked_for() -> None:
+    protectable = set(neighbours_of(WITH_NEIGHBOURS).protectable)
+
+    def protected(**more: Any) -> tuple[str, ...]:
+        settings = ProtectSettings(prompts=len(protectable) + 2, **more)
+        return protecting_prompts(WITH_NEIGHBOURS, [TEXT], settings=settings, heldout=0).protected
+
+    assert set(protected()[: len(protectable)]) == protectable
+    assert not protectable & set(protected(source="templates"))
+    assert protected(seed=1)[:5] != protected()[:5]
 
 
 def test_without_names_there_is_nothing() -> None:
