@@ -20,43 +20,9 @@ from typing import Any
 from benchmarks.job import compare
 from benchmarks.material import add_material_arguments
 from benchmarks.record import append_row, save_json
+from benchmarks.relations import NAMES, with_relation
 
 SHOWN = ("score", "efficacy", "paraphrase", "neighbourhood", "efficacy_exact")
-NAMES = {
-    "P27": "citizenship",
-    "P103": "mother tongue",
-    "P1412": "language spoken",
-    "P495": "country of origin",
-    "P413": "position played",
-    "P106": "occupation",
-    "P190": "twin city",
-    "P37": "official language",
-    "P127": "owner",
-    "P740": "place of founding",
-    "P449": "broadcaster",
-    "P30": "continent",
-}
-TEMPLATES = {
-    "P27": ("citizen of", "citizenship from"),
-    "P103": (
-        "mother tongue of",
-        ", a native",
-        "native language of",
-        "speaker of",
-        "spoke the language",
-    ),
-    "P1412": ("{} speaks", "language used by", "writes in"),
-    "P495": ("created in", "originated in", "formulated in", "developed in"),
-    "P413": ("plays in the position", "plays the position", "position does", "plays as"),
-    "P106": ("profession of", "'s profession", "occupation", "works as"),
-    "P190": ("twin city",),
-    "P37": ("official language", "language spoken is", "they understand", "declares the language"),
-    "P127": (" owner", "owned by"),
-    "P740": ("founded in", "formed in", "started in"),
-    "P449": ("debut", "premiere", "released on", "aired on"),
-    "P30": ("continent",),
-}
-"""Parts of the templates that CounterFact words a relation with."""
 
 
 def main() -> None:
@@ -101,19 +67,11 @@ def write_facts(table: Path, to: Path, count: int) -> None:
     taken: Counter[str] = Counter()
     with to.open("w", encoding="utf-8") as lines:
         for line in table.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            relation = relation_of(row["prompt"])
+            row = with_relation(line)
+            relation = row.get("relation_id")
             if relation is not None and taken[relation] < count:
                 taken[relation] += 1
-                lines.write(json.dumps({**row, "relation_id": relation}) + "\n")
-
-
-def relation_of(template: str) -> str | None:
-    """The relation that a template words; None for others."""
-    for relation, parts in TEMPLATES.items():
-        if any(part in template for part in parts):
-            return relation
-    return None
+                lines.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
