@@ -18,6 +18,18 @@ NAMES = {
     "P740": "place of founding",
     "P449": "broadcaster",
     "P30": "continent",
+    "P364": "original language",
+    "P176": "manufacturer",
+    "P178": "developer",
+    "P159": "headquarters",
+    "P20": "place of death",
+    "P937": "work location",
+    "P140": "religion",
+    "P39": "position held",
+    "P641": "sport",
+    "P1303": "instrument",
+    "P101": "field of work",
+    "P108": "employer",
 }
 TEMPLATES = {
     "P27": ("citizen of", "citizenship from"),
@@ -38,6 +50,18 @@ TEMPLATES = {
     "P740": ("founded in", "formed in", "started in"),
     "P449": ("debut", "premiere", "released on", "aired on"),
     "P30": ("continent",),
+    "P364": ("riginal language of", "The language of"),
+    "P176": ("produced by", "product of", "created by"),
+    "P178": ("developed by",),
+    "P159": ("headquarter",),
+    "P20": ("passed away", " died ", "life ended", "expired at", "succumbed", "lost their life"),
+    "P937": ("worked in", "employment in", "to work in", "took up work", "employed in"),
+    "P140": ("religion", "follower of"),
+    "P39": ("the position of", "holds the title", "position is that of"),
+    "P641": ("What sport", "is a professional"),
+    "P1303": ("performing on the", "plays the instrument"),
+    "P101": ("expertise", "field of", "domain of", "specializes in"),
+    "P108": ("employed by", "works for"),
 }
 """Parts of the templates that CounterFact words a relation with."""
 
