@@ -107,9 +107,10 @@ class RepairSettings:
 
     rounds: int = 2
     """At most so many; 0 repairs nothing."""
-    drift: float = 0.5
+    drift: float = 1.0
     """A round is kept if more facts are said after it, and the drift has grown by no more than this
-    fraction."""
+    fraction for each time that it halves the facts which are not said: at 1, by no larger factor
+    than those have become fewer."""
     prompts: int = 100
     """On so many prompts like the protected ones, but not protected, is that drift measured."""
 

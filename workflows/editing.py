@@ -6,6 +6,7 @@ kept by earlier runs, and the rounds of repair.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -224,7 +225,7 @@ class Editing:
                 break
             left, moved = self._unsaid(encoded), self._drift(reference)
             keep = len(left) < len(unsaid) and moved <= max(
-                drift * (1 + settings.drift), _LEAST_DRIFT
+                drift * growth_allowed(len(unsaid), len(left), settings.drift), _LEAST_DRIFT
             )
             rounds.append(
                 RepairRound(
@@ -264,6 +265,14 @@ class Editing:
             sorted(self.moments.digests.items()),
             sorted(protected.digests.items()) if protected else None,
         )
+
+
+def growth_allowed(before: int, after: int, each_halving: float) -> float:
+    """By what factor drift may grow in a round of repair that leaves fewer facts unsaid.
+
+    (1 + `each_halving`)^log₂(before / after); where none is left, as if it were half a fact.
+    """
+    return (1 + each_halving) ** math.log2(before / max(after, 0.5))
 
 
 def editing_for(
