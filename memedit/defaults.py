@@ -7,6 +7,7 @@ name. A model without a row gets settings derived from its depth, and is told so
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -96,9 +97,9 @@ _SMOLLM2 = ("llama", 30, 576)
 _SMOLLM2_LAM = ((10, 150.0), (100, 400.0), (1000, 800.0))
 
 
-_PROTECTED_LAM = 2.25
-"""So many times MEMIT's λ where keys are protected and repair follows: what a larger λ leaves
-unsaid is repaired, and what it spares stays spared (benchmarks/results/methods.md)."""
+_SMOLLM2_PROTECTED_LAM = ((10, 340.0), (100, 900.0), (250, 1190.0), (1000, 700.0))
+"""λ where keys are protected and repair follows: what a larger λ leaves unsaid is repaired, and
+what it spares stays spared, until too much is left to repair (benchmarks/results/methods.md)."""
 
 ALPHAEDIT_LAM = 10.0
 """The weight of the identity in AlphaEdit's code (its `L2`)."""
@@ -129,7 +130,7 @@ def defaults_for(
     found = _memit_defaults(config, n_facts)
     settings = replace(found.settings, method=method)
     if method == "memedit" and _key(config) == _SMOLLM2:
-        lam = round(_PROTECTED_LAM * _interpolated(n_facts), 1)
+        lam = _interpolated(n_facts, _SMOLLM2_PROTECTED_LAM)
         settings = replace(settings, solve=replace(settings.solve, lam=lam))
     if method in ONE_LAYER:
         settings = replace(settings, layers=settings.layers[-1:])
@@ -157,7 +158,7 @@ def _memit_defaults(config: PretrainedConfig, n_facts: int) -> Defaults:
             # 20 steps of 0.5 score the same within a point and take twice as long.
             targets=TargetSettings(steps=10, lr=2.0, clamp_norm_factor=0.75, v_weight_decay=0.5),
             moments=MomentSettings(tokens=10_000, window=64),
-            solve=SolveSettings(lam=_interpolated(n_facts)),
+            solve=SolveSettings(lam=_interpolated(n_facts, _SMOLLM2_LAM)),
         )
         return Defaults(
             settings=settings,
@@ -201,9 +202,8 @@ def _band(blocks: int) -> tuple[int, ...]:
     return tuple(range(max(0, last - 4), last + 1))
 
 
-def _interpolated(n_facts: int) -> float:
+def _interpolated(n_facts: int, points: Sequence[tuple[int, float]]) -> float:
     """λ on the power law between the points; constant outside of them."""
-    points = _SMOLLM2_LAM
     if n_facts <= points[0][0]:
         return points[0][1]
     for (n_0, lam_0), (n_1, lam_1) in pairwise(points):

@@ -272,7 +272,7 @@ def growth_allowed(before: int, after: int, each_halving: float) -> float:
 
     (1 + `each_halving`)^log₂(before / after); where none is left, as if it were half a fact.
     """
-    return (1 + each_halving) ** math.log2(before / max(after, 0.5))
+    return float((1 + each_halving) ** math.log2(before / max(after, 0.5)))
 
 
 def editing_for(

@@ -90,9 +90,10 @@ def test_smollm2_is_known_and_its_lambda_grows_with_the_facts() -> None:
     assert all(lam > 0 for lam in lams)
     assert lams == sorted(lams)
     assert lams[0] < lams[4] < lams[6]
-    # With protected keys and repair the rest can be spared more.
-    protected = [defaults_for(config, n, method="memedit").settings.solve.lam for n in counts]
-    assert protected == pytest.approx([2.25 * lam for lam in lams], abs=0.1)
+    # With protected keys and repair the rest can be spared more, of not too many facts.
+    protected = [defaults_for(config, n, method="memedit").settings.solve.lam or 0 for n in counts]
+    assert all(more > 2 * lam for more, lam in zip(protected[:5], lams[:5], strict=True))
+    assert protected[6] == protected[7] < lams[6]
 
 
 def test_a_model_of_another_size_is_not_taken_for_a_published_one() -> None:

@@ -26,6 +26,7 @@ from tests.workflows.runs import (
     without_plots,
     write_rows,
 )
+from workflows.editing import growth_allowed
 
 TEXT = (
     "The road from Lyon to Geneva leads past Mont Blanc, which Horace de Saussure climbed. Near "
@@ -198,3 +199,14 @@ def test_emmet_and_alphaedit(house: House) -> None:
     assert found["metrics"]["after"]["efficacy"] == 100
     assert 0 < found["metrics"]["after"]["drift_kl"] < emmet["drift_kl"]
     assert memedit("verify", house.folder / "alphaedit", "--json").result["ok"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "allowed"), [(8, 4, 1.5), (8, 2, 2.25), (8, 8, 1.0), (4, 0, 1.5**3)]
+)
+def test_drift_may_grow_with_each_halving_of_what_is_not_said(
+    before: int, after: int, allowed: float
+) -> None:
+    assert growth_allowed(before, after, 0.5) == pytest.approx(allowed)
+    # As large a factor as those have become fewer.
+    assert growth_allowed(518, 231, 1.0) == pytest.approx(518 / 231)
