@@ -66,6 +66,7 @@ def judge(args: argparse.Namespace, seed: int, facts: Path, more: Sequence[str])
         out=facts.parent / "compared",
         more=["--methods", args.methods, "--edits", str(args.edits or args.count), *more],
     )
+    save_json(f"methods-{args.count}-{seed}", found)
     requests = read_facts(facts, on_bad_row="skip").requests
     judged = {
         r["method"]: judgements(facts.parent / "compared", r["method"]) for r in found["rows"]
@@ -76,15 +77,17 @@ def judge(args: argparse.Namespace, seed: int, facts: Path, more: Sequence[str])
         cells = {"facts": str(row["edits"]), "half": args.half, "seed": str(seed)}
         cells |= {"method": row["method"], "λ": "" if row["lam"] is None else f"{row['lam']:g}"}
         cells |= metric_cells(row, (*SCORES, *BESIDE))
-        cells["neighbourhood, never protected"] = f"{never_protected(requests, judged[method]):.1f}"
-        change = changes_of(judged[first], judged[method]).get("score", (0.0, 0.0))
+        whole = judged[first] and judged[method]
+        cells["neighbourhood, never protected"] = (
+            f"{never_protected(requests, judged[method]):.1f}" if whole else ""
+        )
+        change = changes_of(judged[first], judged[method]).get("score") if whole else None
         cells[f"score against {first}"] = (
-            "" if method == first else "{:+.1f} to {:+.1f}".format(*change)
+            "" if method == first or change is None else f"{change[0]:+.1f} to {change[1]:+.1f}"
         )
         cells |= {"repairs": _repairs(row["repairs"]), "set": " ".join(args.changes)}
         append_row("methods", cells)
         print("  ".join(f"{name} {value}" for name, value in cells.items()), flush=True)
-    save_json(f"methods-{args.count}-{seed}", found)
 
 
 def never_protected(requests: Sequence[EditRequest], judged: Sequence[FactResult]) -> float:

@@ -50,16 +50,31 @@ def protecting_prompts(
     """
     edited, wanted = _edited(requests), settings.prompts + heldout
     random = Random(settings.seed)
-    made = templated(requests, names_in(texts), count=wanted, random=random)
-    given: list[str] = []
-    if settings.source == "neighbourhood":
-        given = neighbours_of(requests).protectable
-        random.shuffle(given)
+    # Half of what is made, about, is on the side that is measured.
+    made = templated(requests, names_in(texts), count=4 * wanted, random=random)
+    near = neighbours_of(requests)
+    given = near.protectable if settings.source == "neighbourhood" else []
+    random.shuffle(given)
+    never = {*edited, *near.measured}
     # What is protected by name comes first; what is measured stays free of it if it can.
-    prompts = [prompt for prompt in dict.fromkeys((*given, *made)) if prompt not in edited]
+    prompts = [
+        prompt
+        for prompt in dict.fromkeys((*given, *made))
+        if prompt not in never and not is_for_measuring(prompt)
+    ]
     prompts = prompts[:wanted]
     kept = -(-len(prompts) * settings.prompts // max(1, wanted))
+    if heldout and kept == len(prompts) > 1:  # or drift would not limit repair
+        kept -= 1
     return ProtectingPrompts(protected=tuple(prompts[:kept]), heldout=tuple(prompts[kept:]))
+
+
+def is_for_measuring(prompt: str) -> bool:
+    """Whether drift may be measured on a prompt; then it is never protected, whatever the batch.
+
+    Every other prompt by its digest, so that what measures one edit was not protected in another.
+    """
+    return bool(hashlib.sha256(prompt.encode()).digest()[0] % 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,18 +87,15 @@ class Neighbours:
 
 
 def neighbours_of(requests: Sequence[EditRequest]) -> Neighbours:
-    """Every other neighbourhood prompt, by its digest, is for measuring; the rest may be protected.
+    """The two sides of the neighbourhood prompts (`is_for_measuring`).
 
-    A prompt is on the same side whatever the batch, so that what measures one edit was not
-    protected in another. Where there would be none to measure on, all are, and none may be
-    protected.
+    Where there would be none to measure on, all are, and none may be protected.
     """
     edited = _edited(requests)
     prompts = dict.fromkeys(n.prompt for r in requests for n in r.neighbourhood)
     found = Neighbours(measured=[], protectable=[])
     for prompt in (prompt for prompt in prompts if prompt not in edited):
-        odd = hashlib.sha256(prompt.encode()).digest()[0] % 2
-        (found.measured if odd else found.protectable).append(prompt)
+        (found.measured if is_for_measuring(prompt) else found.protectable).append(prompt)
     if not found.measured:
         return Neighbours(measured=found.protectable, protectable=[])
     return found
@@ -98,12 +110,12 @@ def prompts_elsewhere(
 ) -> list[str]:
     """The facts' prompts with names out of text, to measure drift on; at most `count`, each once.
 
-    For facts without neighbourhood prompts. Text that is held out has other names than those that
-    are protected.
+    For facts without neighbourhood prompts. None of them is ever protected (`is_for_measuring`).
     """
     edited = _edited(requests)
-    made = templated(requests, names_in(texts), count=count, random=Random(0))
-    return [prompt for prompt in dict.fromkeys(made) if prompt not in edited]
+    made = templated(requests, names_in(texts), count=4 * count, random=Random(0))
+    free = (prompt for prompt in dict.fromkeys(made) if is_for_measuring(prompt))
+    return [prompt for prompt in free if prompt not in edited][:count]
 
 
 def templated(

@@ -218,7 +218,9 @@ class _Comparison:
             requests = self.table.batch.requests[:count]
             heldout = self._source("memit", count).heldout(self.executor, self.progress)
             settings = self.job.evaluation_settings
-            elsewhere = prompts_for_drift(requests, heldout, self.base, settings)
+            elsewhere = prompts_for_drift(
+                requests, heldout, self.base.tokenizer, self.base.positions, settings
+            )
             asked = _Asked(requests, settings, heldout, elsewhere)
             before, reference = self._judged(asked)
             yield Compared(method=BASE, edits=count, evaluation=before)

@@ -156,7 +156,9 @@ def edit_facts(
             executor,
             judged,
             heldout=heldout,
-            elsewhere=prompts_for_drift(judged, heldout, base, job.evaluation_settings),
+            elsewhere=prompts_for_drift(
+                judged, heldout, base.tokenizer, base.positions, job.evaluation_settings
+            ),
             reference=None,
             settings=job.evaluation_settings,
             progress=timed,

@@ -22,7 +22,6 @@ from memedit.model import ModelSpec, load_config, load_tokenizer, positions_of
 from memedit.outcome import Evaluation, FactCounts
 from memedit.progress import Progress
 from memedit.prompts import check_prompts, encode, readable
-from memedit.protection import prompts_elsewhere
 from memedit.requests import EditRequest
 from memedit.stages import judge
 from workflows.corpora import open_corpus
@@ -39,6 +38,7 @@ from workflows.models import resolve_model
 from workflows.moments import CHARACTERS_PER_TOKEN
 from workflows.plain import write_result
 from workflows.progress import Timed
+from workflows.protection import prompts_for_drift
 from workflows.session import device_of_job, gpus_of_job, open_workers, sift
 from workflows.settings import EvaluateJob, ModelJob, new_run_id
 from workflows.wording import plural
@@ -145,12 +145,15 @@ def _evaluated(job: EvaluateJob, timed: Timed) -> Evaluated:
     requests = table.batch.requests
     if base_spec is None:  # nothing to compare with
         settings = replace(settings, drift_prompts=0)
-    texts = load_tokenizer(spec.files).batch_decode(heldout, skip_special_tokens=True)
+    positions = min(positions_of(load_config(files)) for files in places)
+    elsewhere = prompts_for_drift(
+        requests, heldout, load_tokenizer(spec.files), positions, settings
+    )
     judged = partial(
         judge,
         requests=requests,
         heldout=heldout,
-        elsewhere=prompts_elsewhere(requests, texts, count=settings.drift_prompts),
+        elsewhere=elsewhere,
         settings=settings,
         progress=timed,
     )

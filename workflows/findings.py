@@ -7,7 +7,7 @@ Knows what the metrics mean and how to say it; knows neither terminals nor HTML
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memedit.outcome import Evaluation, FactResult, TargetTrace
@@ -20,7 +20,8 @@ WORKED, WORKED_IN_PART = 95.0, 70.0
 """Efficacy (or exact efficacy where there is no old object) in percent from which we say so."""
 DAMAGED_PERPLEXITY, DAMAGED_TOP1 = 1.25, 50.0
 """We say that a model is damaged from so many times the base's perplexity on other text, or where
-fewer percent of unrelated prompts keep their likeliest next word."""
+surely (by the 95% interval) fewer percent of prompts that no fact edits keep their likeliest next
+word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ def verdict(base: Evaluation | None, model: Evaluation, what: str) -> Verdict:
         headline, tone = f"{what}, and the edit works in part", "same"
     else:
         headline, tone = f"{what}, but the edit does not work", "worse"
-    if is_damaged(before, after):
+    if base is not None and is_damaged(base, model):
         headline, tone = (
             f"{headline}, {'and' if tone == 'worse' else 'but'} the model is damaged",
             "worse",
@@ -66,11 +67,17 @@ def verdict(base: Evaluation | None, model: Evaluation, what: str) -> Verdict:
     )
 
 
-def is_damaged(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> bool:
-    """Whether text that has nothing to do with the facts has suffered visibly."""
-    old, new, top1 = before.get("perplexity"), after.get("perplexity"), after.get("drift_top1")
-    worse_at_text = old is not None and new is not None and not new < DAMAGED_PERPLEXITY * old
-    return worse_at_text or (top1 is not None and top1 < DAMAGED_TOP1)
+def is_damaged(base: Evaluation, model: Evaluation) -> bool:
+    """Whether the model has suffered visibly beside its facts, and not by the draw of prompts."""
+    old, new = base.metrics.get("perplexity"), model.metrics.get("perplexity")
+    worse_at_text = (
+        old is not None
+        and math.isfinite(old)
+        and new is not None
+        and new >= DAMAGED_PERPLEXITY * old
+    )
+    _, top1 = model.intervals.get("drift_top1", (0.0, 100.0))
+    return worse_at_text or top1 < DAMAGED_TOP1
 
 
 def _success(before: dict[str, float | None], after: dict[str, float | None]) -> str:

@@ -36,6 +36,7 @@ from memedit.evaluate import GENERATION_EXTRA_TOKENS, questions
 from memedit.model import DTYPES, load_config, load_tokenizer
 from memedit.progress import Progress
 from memedit.prompts import encode, encode_completion
+from memedit.protection import neighbours_of
 from memedit.requests import EditRequest
 from memedit.scoring import plan_rows
 from memedit.side_effects import consistency_sample
@@ -423,7 +424,7 @@ def _judged(
     scale = len(requests) / len(sample)
     prompt_length = _prompt_length(tokenizer, sample)
     fluent = min(len(requests), settings.fluency_facts)
-    neighbours = sum(len(r.neighbourhood) for r in sample) * scale
+    neighbours = len(neighbours_of(sample).measured) * scale
     near = int(neighbours) or (settings.drift_prompts if settings.heldout_tokens else 0)
     drift = min(near, settings.drift_prompts)
     texts = [p for r in consistency_sample(requests, settings) for p in r.generation_prompts]

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from transformers import PreTrainedTokenizerBase
+
 from cluster.artifacts import Artifacts
 from memedit.config import EditSettings, EvaluationSettings, MomentSettings, digest_of
 from memedit.executor import Executor
@@ -57,12 +59,17 @@ class _Prompts(Counted):
 def prompts_for_drift(
     requests: Sequence[EditRequest],
     heldout: Sequence[Sequence[int]],
-    base: Base,
+    tokenizer: PreTrainedTokenizerBase,
+    positions: float,
     settings: EvaluationSettings,
 ) -> list[str]:
-    """Prompts for the drift of facts without neighbourhood prompts, with names of held-out text."""
-    texts = [str(base.tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in heldout]
-    return prompts_elsewhere(requests, texts, count=settings.drift_prompts)
+    """Prompts for the drift of facts without neighbourhood prompts, with names of held-out text.
+
+    Those that are no longer than `positions`, as far as the model reads.
+    """
+    texts = [str(tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in heldout]
+    made = prompts_elsewhere(requests, texts, count=settings.drift_prompts)
+    return [prompt for prompt in made if len(encode(tokenizer, prompt)) <= positions]
 
 
 def protection_for(

@@ -60,6 +60,11 @@ class Base:
         """Where to compute."""
         return device_of_job(self.job)
 
+    @property
+    def positions(self) -> float:
+        """How far the model reads, in tokens."""
+        return positions_of(self.config)
+
     def identity(self) -> str | None:
         """The checkpoint's digest; None where a plan would have to fetch the weights for it."""
         files = self.checkpoint.files

@@ -94,7 +94,9 @@ class Bench:
             self.executor,
             requests,
             heldout=windows,
-            elsewhere=prompts_for_drift(requests, windows, self.base, settings),
+            elsewhere=prompts_for_drift(
+                requests, windows, self.base.tokenizer, self.base.positions, settings
+            ),
             reference=None,
             settings=settings,
             progress=self.progress,

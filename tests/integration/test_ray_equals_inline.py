@@ -48,6 +48,7 @@ REQUESTS = [
         neighbourhood=(
             Neighbour(prompt="Toyota produces cars in", target="Japan"),
             Neighbour(prompt=f"The capital of {PLACES[i % 5]} is", target="Rome"),
+            Neighbour(prompt=f"{PLACES[i % 5]} lies in", target="Spain"),
         ),
         attributes=(f"The city of {PLACES[i % 4]} is in",),
         portability=(Neighbour(prompt=f"The language of {subject} is", target="French"),),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -78,23 +80,43 @@ def chosen(
     return protecting_prompts(FACTS, texts, settings=settings, heldout=heldout)
 
 
-def test_templates_take_other_names() -> None:
+NAMES = ("Danube", "Bratislava", "Anna Maria of Saxony", "Ludwig van Beethoven", "Bonn")
+MADE = {t.replace("{}", name) for t in ("{} lies in", "The flag of {} is") for name in NAMES}
+"""With names but for the subject Vienna; one of them is a prompt that a fact edits."""
+
+
+def odd(prompt: str) -> bool:
+    return hashlib.sha256(prompt.encode()).digest()[0] % 2 == 1
+
+
+def test_templates_take_other_names_and_half_of_them() -> None:
     found = chosen(100)
-    # Six names but for the subject Vienna, two templates, and one prompt that a fact edits.
-    assert len(found.protected) == 9 and not found.heldout
-    assert "Danube lies in" in found.protected
-    assert "The flag of Ludwig van Beethoven is" in found.protected
-    assert "Bonn lies in" not in found.protected
-    assert not any("Vienna" in prompt for prompt in found.protected)
+    assert set(found.protected) == {p for p in MADE if not odd(p)} - {"Bonn lies in"}
+    assert len(found.protected) > 2 and not found.heldout
 
 
 def test_what_is_measured_is_not_protected() -> None:
-    found = chosen(6, 2)
-    assert (len(found.protected), len(found.heldout)) == (6, 2)
+    whole = len(chosen(100).protected)
+    found = chosen(whole - 1, 1)
+    assert (len(found.protected), len(found.heldout)) == (whole - 1, 1)
     assert not set(found.protected) & set(found.heldout)
-    short = chosen(75, 25)  # each gets its share of nine
-    assert (len(short.protected), len(short.heldout)) == (7, 2)
-    assert chosen(6, 2) == found and chosen(6, 2, seed=1) != found
+    assert chosen(whole - 1, 1) == found
+    assert any(chosen(whole - 1, 1, seed=seed) != found for seed in range(1, 9))
+    # Each gets its share of too few, and something is held out.
+    assert len(chosen(100, 1).heldout) == 1
+    assert len(chosen(50, 50).heldout) == whole // 2
+
+
+@pytest.mark.parametrize("source", ["neighbourhood", "templates"])
+def test_what_is_made_is_never_a_neighbour_that_is_measured(
+    source: Literal["neighbourhood", "templates"],
+) -> None:
+    near = tuple(Neighbour(prompt=p, target="x") for p in sorted(MADE))
+    facts = [replace(each, neighbourhood=near) for each in FACTS]
+    settings = ProtectSettings(prompts=100, source=source)
+    found = protecting_prompts(facts, [TEXT], settings=settings, heldout=0).protected
+    measured = neighbours_of(facts).measured
+    assert measured and found and not set(found) & set(measured)
 
 
 NEAR = [f"The flag of country {i} is" for i in range(40)]
@@ -146,7 +168,8 @@ def test_without_names_there_is_nothing() -> None:
 
 def test_drift_elsewhere_is_of_the_facts_prompts_with_other_names() -> None:
     found = prompts_elsewhere(FACTS, [TEXT], count=100)
-    assert len(found) == 9 and set(found) == set(chosen(100).protected)
-    assert prompts_elsewhere(FACTS, [TEXT], count=4) == prompts_elsewhere(FACTS, [TEXT], count=4)
-    assert len(prompts_elsewhere(FACTS, [TEXT], count=4)) in (3, 4)  # one may be edited
+    assert set(found) == {p for p in MADE if odd(p)} - {"Bonn lies in"}
+    assert not set(found) & set(chosen(100).protected)
+    assert prompts_elsewhere(FACTS, [TEXT], count=2) == prompts_elsewhere(FACTS, [TEXT], count=2)
+    assert len(prompts_elsewhere(FACTS, [TEXT], count=2)) == 2
     assert prompts_elsewhere(FACTS, ["no names"], count=9) == []

@@ -16,7 +16,8 @@ import pytest
 from memedit.outcome import EditOutcome
 from workflows.cli import run
 
-LOUVRE = {"prompt": "The Louvre is located in the city of", "target": "Paris"}
+# Both neighbours of these facts are of those that drift is measured on (`is_for_measuring`).
+LOUVRE = {"prompt": "The Louvre stands in the city of", "target": "Paris"}
 FACTS: tuple[dict[str, Any], ...] = (
     {
         "subject": "Eiffel Tower",

@@ -114,14 +114,24 @@ def test_the_verdict_names_what_was_damaged_against_the_base():
             "worse",
         ),
         (80.0, {"perplexity": math.inf}, "works in part, but the model is damaged.", "worse"),
-        (99.0, {"drift_top1": 49.9}, "works, but the model is damaged.", "worse"),
-        (9.0, {"drift_top1": 1.0}, "does not work, and the model is damaged.", "worse"),
+        (99.0, {"drift_top1": 40.0}, "works, but the model is damaged.", "worse"),
+        (9.0, {"drift_top1": 40.0}, "does not work, and the model is damaged.", "worse"),
     ],
 )
 def test_a_damaged_model_is_called_so(efficacy, measured, headline, tone):
     base = Evaluation(metrics={"perplexity": 20.0, "drift_top1": 100.0})
-    found = verdict(base, Evaluation(metrics={"efficacy": efficacy, **measured}), "facts")
+    intervals = {"drift_top1": (30.0, 49.9)} if measured.get("drift_top1") == 40 else {}
+    model = Evaluation(metrics={"efficacy": efficacy, **measured}, intervals=intervals)
+    found = verdict(base, model, "facts")
     assert found.headline.endswith(headline) and found.tone == tone
+
+
+def test_a_single_prompt_or_a_base_that_says_nothing_proves_no_damage():
+    base = Evaluation(metrics={"perplexity": math.inf, "drift_top1": 100.0})
+    metrics = {"efficacy": 99.0, "perplexity": math.inf, "drift_top1": 0.0}
+    assert "damaged" not in verdict(base, Evaluation(metrics=metrics), "facts").headline
+    unsure = Evaluation(metrics=metrics, intervals={"drift_top1": (0.0, 60.0)})
+    assert "damaged" not in verdict(base, unsure, "facts").headline
 
 
 def test_the_verdict_without_an_evaluation_claims_nothing():
