@@ -26,7 +26,7 @@ from tests.workflows.runs import (
     without_plots,
     write_rows,
 )
-from workflows.editing import growth_allowed
+from workflows.editing import Editing, growth_allowed
 
 TEXT = (
     "The road from Lyon to Geneva leads past Mont Blanc, which Horace de Saussure climbed. Near "
@@ -210,3 +210,22 @@ def test_drift_may_grow_with_each_halving_of_what_is_not_said(
     assert growth_allowed(before, after, 0.5) == pytest.approx(allowed)
     # As large a factor as those have become fewer.
     assert growth_allowed(518, 231, 1.0) == pytest.approx(518 / 231)
+
+
+@pytest.mark.parametrize(("moved", "kept"), [(0.29, True), (0.31, False)])
+def test_a_round_is_kept_while_drift_grows_less_than_the_unsaid_become_fewer(
+    house: House, monkeypatch: pytest.MonkeyPatch, moved: float, kept: bool
+) -> None:
+    unsaid, drifts = iter((3, 1)), iter((0.1, moved))
+    monkeypatch.setattr(
+        Editing,
+        "_unsaid",
+        lambda _, encoded: frozenset(e.request.case_id for e in encoded[: next(unsaid)]),
+    )
+    monkeypatch.setattr(Editing, "_drift", lambda *_: next(drifts))
+    alone = house.edit("alone", "memedit", NO_REPAIR)
+    assert alone.code == 0, alone.stderr
+    (only,) = house.edit("repaired", "memedit", "repair.rounds=1").result["repairs"]
+    assert (only["unsaid_before"], only["unsaid_after"], only["kept"]) == (3, 1, kept)
+    same = shards(house.folder / "repaired") == shards(house.folder / "alone")
+    assert same != kept
