@@ -1,7 +1,7 @@
 """The layers that causal tracing proposes, judged by an edit there beside one at the default's.
 
-    python -m benchmarks.proposal                              # 72 facts, 2 samples of noise
-    python -m benchmarks.proposal --samples 10                 # as `memedit trace` has it: 1 h
+    python -m benchmarks.proposal                              # 2 samples of noise
+    python -m benchmarks.proposal --samples 10                 # as `memedit trace` has it
 
 `memedit trace` looks for facts that the model knows in the first half of the table; `memedit
 compare` then writes facts of the second half with the layers of the model's settings and with the

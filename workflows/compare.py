@@ -232,10 +232,10 @@ class _Comparison:
         settings = replace(self.job.evaluation_settings, **_FACTS_ALONE)
         requests = self.table.batch.requests
         for pair in pairs_of(requests, self.job.pairs):
-            judged = {request.case_id for side in pair.judged for request in side}
-            both = [request for request in requests if request.case_id in judged]
+            asked = [*pair.judged[0], *pair.judged[1]]
+            names = {request.case_id for request in asked}
+            both = [request for request in requests if request.case_id in names]  # as edit has them
             for method in self.job.method_names:
-                asked = [*pair.judged[0], *pair.judged[1]]
                 together = self._row(method, both, _Asked(asked, settings))
                 apart = [
                     self._row(method, edited, _Asked(judged, settings))
