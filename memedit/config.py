@@ -95,9 +95,9 @@ class ProtectSettings:
     weight: float = 3.0
     """Of the mean C_p of their keys, against 1 of the corpus' C."""
     source: Literal["neighbourhood", "templates"] = "neighbourhood"
-    """Half of the facts' neighbourhood prompts, filled up with the facts' own templates with names
-    out of the corpus; or the latter alone. The other half of the neighbours is never protected, and
-    drift is measured there."""
+    """Of the facts' neighbourhood prompts, half of which are never protected so that drift can be
+    measured there, filled up with the facts' own templates with names out of the corpus; or the
+    latter alone."""
     seed: int = 0
 
 
@@ -197,13 +197,19 @@ class EditSettings:
         return self.repair.rounds if self.method == "memedit" else 0
 
     def of_method(self) -> dict[str, object]:
-        """As plain values, without the sections that its method does not look at."""
+        """As plain values: what tells one edit from another, without what its method ignores."""
         used = {"memedit": ("protect", "repair"), "ft": ("finetune",)}.get(self.method, ())
         others = {"protect", "repair", "finetune"} - set(used)
         found = {name: value for name, value in asdict(self).items() if name not in others}
         if self.solve.sweeps == 1:  # what was made before there were several keeps its name
             del found["solve"]["sweeps"]
+        if self.method == "memedit":
+            found["rules"] = _RULES
         return found
+
+
+_RULES = 2
+"""Of protection and repair; higher when the same settings come to mean another edit."""
 
 
 def digest_of(*parts: object) -> str:

@@ -23,14 +23,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memedit.architecture import Architecture
 from memedit.config import EvaluationSettings
-from memedit.consistency import tfidf_cosine
+from memedit.drift import drift_prompts
+from memedit.free_text import Sample, consistency_sample, tfidf_cosine
 from memedit.generate import greedy_continuations
 from memedit.intervals import FACT_VALUES, SCORED, intervals_of, scale_of
 from memedit.outcome import METRIC_KEYS, Evaluation, FactResult
 from memedit.prompts import encode_completion
 from memedit.requests import EditRequest, whole_word
 from memedit.scoring import Completion, CompletionScore, score_completions
-from memedit.side_effects import Sample, SideEffects, consistency_sample, drift_prompts
+from memedit.side_effects import SideEffects
 
 GENERATION_EXTRA_TOKENS = 5
 """How many tokens beyond the length of the new object a continuation may take to say it."""

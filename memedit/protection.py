@@ -55,12 +55,10 @@ def protecting_prompts(
     near = neighbours_of(requests)
     given = near.protectable if settings.source == "neighbourhood" else []
     random.shuffle(given)
-    never = {*edited, *near.measured}
-    # What is protected by name comes first; what is measured stays free of it if it can.
     prompts = [
         prompt
         for prompt in dict.fromkeys((*given, *made))
-        if prompt not in never and not is_for_measuring(prompt)
+        if prompt not in edited and not is_for_measuring(prompt)
     ]
     prompts = prompts[:wanted]
     kept = -(-len(prompts) * settings.prompts // max(1, wanted))
@@ -87,17 +85,12 @@ class Neighbours:
 
 
 def neighbours_of(requests: Sequence[EditRequest]) -> Neighbours:
-    """The two sides of the neighbourhood prompts (`is_for_measuring`).
-
-    Where there would be none to measure on, all are, and none may be protected.
-    """
+    """The two sides of the neighbourhood prompts (`is_for_measuring`); either may be empty."""
     edited = _edited(requests)
     prompts = dict.fromkeys(n.prompt for r in requests for n in r.neighbourhood)
     found = Neighbours(measured=[], protectable=[])
     for prompt in (prompt for prompt in prompts if prompt not in edited):
         (found.measured if is_for_measuring(prompt) else found.protectable).append(prompt)
-    if not found.measured:
-        return Neighbours(measured=found.protectable, protectable=[])
     return found
 
 
@@ -110,7 +103,7 @@ def prompts_elsewhere(
 ) -> list[str]:
     """The facts' prompts with names out of text, to measure drift on; at most `count`, each once.
 
-    For facts without neighbourhood prompts. None of them is ever protected (`is_for_measuring`).
+    For facts with few neighbourhood prompts. None of them is ever protected (`is_for_measuring`).
     """
     edited = _edited(requests)
     made = templated(requests, names_in(texts), count=4 * count, random=Random(0))

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from memedit.config import EvaluationSettings, SolveSettings, TargetSettings
+from memedit.drift import DriftReference
 from memedit.errors import NumericalError
 from memedit.evaluate import evaluation_of, with_side_effects
 from memedit.executor import Executor, Failed
+from memedit.free_text import Sample
 from memedit.memory import is_out_of_memory, release_memory, trim_memory
 from memedit.moments import SecondMoment
 from memedit.outcome import Evaluation, FactResult, MomentSummary
@@ -27,13 +29,7 @@ from memedit.progress import Progress
 from memedit.prompts import EncodedRequest
 from memedit.reduction import reduce_rows
 from memedit.requests import EditRequest
-from memedit.side_effects import (
-    DriftReference,
-    Part,
-    Sample,
-    side_effect_parts,
-    side_effects_of,
-)
+from memedit.side_effects import Part, side_effect_parts, side_effects_of
 from memedit.solve import (
     LayerProblem,
     Method,

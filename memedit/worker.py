@@ -16,6 +16,7 @@ from torch import Tensor
 
 from memedit.architecture import check_additivity
 from memedit.config import EvaluationSettings, FineTuneSettings, TargetSettings, TraceSettings
+from memedit.drift import DriftReference, drift_reference, measure_drift
 from memedit.errors import NumericalError
 from memedit.evaluate import score_facts
 from memedit.files import Files
@@ -31,7 +32,7 @@ from memedit.prompts import EncodedRequest
 from memedit.requests import EditRequest
 from memedit.sampling import sample_contexts, sample_windows
 from memedit.scoring import Completion, Ids, next_token_logprobs, score_completions
-from memedit.side_effects import DriftReference, Part, drift_reference, measure_drift
+from memedit.side_effects import Part
 from memedit.solve import Update
 from memedit.tally import Held, Tally
 from memedit.targets import Target, default_tokens_per_batch, optimise_targets

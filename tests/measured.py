@@ -8,14 +8,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memedit.architecture import Architecture
 from memedit.config import EvaluationSettings
+from memedit.drift import DriftReference
+from memedit.free_text import Sample
 from memedit.requests import EditRequest
-from memedit.side_effects import (
-    DriftReference,
-    Sample,
-    SideEffects,
-    side_effect_parts,
-    side_effects_of,
-)
+from memedit.side_effects import SideEffects, side_effect_parts, side_effects_of
 
 
 def measure_side_effects(

@@ -17,13 +17,13 @@ import torch
 from cluster.artifacts import Artifacts, open_artifacts
 from cluster.publication import RESULTS_NAME, open_publication
 from memedit.config import ONE_LAYER, EvaluationSettings, MethodName
+from memedit.drift import DriftReference
 from memedit.errors import InputError, MemeditError, NumericalError
 from memedit.executor import Executor
 from memedit.manifest import code_versions
 from memedit.outcome import Evaluation, FactResult, RepairRound
 from memedit.progress import Progress, Silent
 from memedit.requests import EditRequest
-from memedit.side_effects import DriftReference
 from memedit.stages import judge
 from workflows.editing import Edited, Editing, editing_for
 from workflows.facts import FactTable, read_facts

@@ -17,6 +17,7 @@ import torch
 from cluster.artifacts import Artifacts, target_digest
 from cluster.background import Background
 from memedit.config import ONE_LAYER, EditSettings, digest_of
+from memedit.drift import DriftReference
 from memedit.errors import NumericalError
 from memedit.executor import Executor
 from memedit.moments import SecondMoment
@@ -24,7 +25,6 @@ from memedit.outcome import RepairRound
 from memedit.progress import Progress, Silent
 from memedit.prompts import EncodedRequest
 from memedit.requests import EditRequest
-from memedit.side_effects import DriftReference
 from memedit.solve import METHODS, Update, solve_device
 from memedit.stages import SolvedLayer, find_targets, once, said, solve_layers
 from memedit.targets import Target

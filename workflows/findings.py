@@ -228,6 +228,7 @@ def probability(logprob: float) -> str:
 class Weakness:
     """A fact that is written, but narrowly or at its neighbours' cost."""
 
+    before: FactResult | None
     after: FactResult
     paraphrases_failed: int
     neighbours_lost: int
@@ -243,11 +244,14 @@ def weakest(
     for fact in after:
         if failed(fact):
             continue
-        was = old[fact.case_id].neighbourhood if fact.case_id in old else ()
-        lost = sum(a and not b for a, b in zip(was, fact.neighbourhood, strict=False))
+        was = old.get(fact.case_id)
+        right = was.neighbourhood if was else ()
+        lost = sum(a and not b for a, b in zip(right, fact.neighbourhood, strict=False))
         unmet = fact.paraphrase.count(False)
         if lost or unmet:
-            found.append(Weakness(after=fact, paraphrases_failed=unmet, neighbours_lost=lost))
+            found.append(
+                Weakness(before=was, after=fact, paraphrases_failed=unmet, neighbours_lost=lost)
+            )
 
     def cost(w: Weakness) -> float:
         return w.paraphrases_failed / max(len(w.after.paraphrase), 1) + w.neighbours_lost / max(

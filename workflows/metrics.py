@@ -172,7 +172,7 @@ METRICS = (
     ),
     Metric(
         key="neighbourhood_kl",
-        needs="neighbourhood prompts (evaluation.drift_prompts)",
+        needs="neighbourhood prompts that no method protects (evaluation.drift_prompts)",
         label="Neighbourhood, KL",
         meaning="shift of the next token for neighbours; lower is better",
         percent=False,

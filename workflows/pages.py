@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import jinja2
 
+from workflows.wording import layers_text
+
 SHOWN_CHARACTERS = 160
 """Of a continuation, a prompt or a template."""
 
@@ -18,7 +20,7 @@ def page_templates() -> jinja2.Environment:
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["cut"] = cut
+    environment.filters |= {"cut": cut, "layers_text": layers_text}
     return environment
 
 

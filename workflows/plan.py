@@ -31,15 +31,16 @@ from memedit.cost import (
     statistics_work,
     targets_work,
 )
+from memedit.drift import FEW_NEIGHBOURS
 from memedit.errors import InputError
 from memedit.evaluate import GENERATION_EXTRA_TOKENS, questions
+from memedit.free_text import consistency_sample
 from memedit.model import DTYPES, load_config, load_tokenizer
 from memedit.progress import Progress
 from memedit.prompts import encode, encode_completion
 from memedit.protection import neighbours_of
 from memedit.requests import EditRequest
 from memedit.scoring import plan_rows
-from memedit.side_effects import consistency_sample
 from memedit.targets import default_tokens_per_batch
 from workflows.corpora import Corpus
 from workflows.facts import FactTable, read_facts
@@ -425,7 +426,8 @@ def _judged(
     prompt_length = _prompt_length(tokenizer, sample)
     fluent = min(len(requests), settings.fluency_facts)
     neighbours = len(neighbours_of(sample).measured) * scale
-    near = int(neighbours) or (settings.drift_prompts if settings.heldout_tokens else 0)
+    few = neighbours < FEW_NEIGHBOURS and settings.heldout_tokens
+    near = settings.drift_prompts if few else int(neighbours)
     drift = min(near, settings.drift_prompts)
     texts = [p for r in consistency_sample(requests, settings) for p in r.generation_prompts]
     side_tokens = (fluent + drift) * prompt_length + settings.heldout_tokens

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from memedit.config import EvaluationSettings
+from memedit.drift import DriftReference
 from memedit.errors import GateError, InputError
 from memedit.evaluate import measurable
 from memedit.executor import Executor
 from memedit.outcome import EditOutcome, Evaluation
 from memedit.progress import Progress
 from memedit.requests import EditRequest
-from memedit.side_effects import DriftReference
 from workflows.facts import Reject
 from workflows.gates import Gate
 from workflows.metrics import METRIC

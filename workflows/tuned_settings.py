@@ -41,7 +41,7 @@ def settings_text(
     head = (
         f"Settings of `{settings.method}` for {record.model}, found by `memedit tune`.",
         verdict,
-        f"λ suits about {record.facts_at_once} facts at once; the more facts, the larger λ.",
+        f"λ suits about {record.facts_at_once} facts at once; another number may want another.",
         record.command(SETTINGS_NAME),
     )
     comments = "".join(f"# {' '.join(line.split())}\n" for line in head)

@@ -18,6 +18,7 @@ import torch
 
 from cluster.artifacts import Artifacts
 from memedit.config import EditSettings, EvaluationSettings
+from memedit.drift import DriftReference
 from memedit.errors import InputError, MemeditError, NumericalError
 from memedit.evaluate import leave_out
 from memedit.executor import Executor
@@ -25,7 +26,6 @@ from memedit.memory import is_out_of_memory, release_memory
 from memedit.outcome import Evaluation
 from memedit.requests import EditRequest
 from memedit.search import Proposal, Rank, values_of
-from memedit.side_effects import DriftReference
 from memedit.stages import judge
 from workflows.editing import Editing, editing_for, target_digests
 from workflows.gates import Gate

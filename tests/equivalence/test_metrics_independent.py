@@ -21,28 +21,21 @@ from transformers import PreTrainedModel
 
 from memedit.architecture import architecture_of
 from memedit.config import EvaluationSettings
-from memedit.consistency import inverse_document_frequency, tfidf_cosine
+from memedit.drift import DriftReference
 from memedit.evaluate import (
     evaluation_of,
     score_facts,
     summarise,
     with_side_effects,
 )
+from memedit.free_text import inverse_document_frequency, ngram_entropy, tfidf_cosine
 from memedit.generate import greedy_continuations
 from memedit.intervals import intervals_of
 from memedit.outcome import Evaluation, FactResult
 from memedit.prompts import encode_completion
 from memedit.requests import EditRequest, Neighbour
 from memedit.scoring import Completion, score_completions
-from memedit.side_effects import (
-    DriftReference,
-    Entropies,
-    Likelihoods,
-    Part,
-    Shift,
-    ngram_entropy,
-    side_effects_of,
-)
+from memedit.side_effects import Entropies, Likelihoods, Part, Shift, side_effects_of
 from tests.measured import measure_side_effects
 from tests.tiny import VOCAB, tiny_model, tiny_tokenizer
 

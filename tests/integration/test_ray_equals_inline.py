@@ -20,6 +20,7 @@ from cluster.executors import open_executor
 from memedit import collect, side_effects, stages
 from memedit.architecture import Architecture
 from memedit.config import EvaluationSettings, MomentSettings, SolveSettings, TargetSettings
+from memedit.drift import DriftReference
 from memedit.executor import Executor
 from memedit.files import LocalFiles
 from memedit.model import ModelSpec, load_model
@@ -27,7 +28,6 @@ from memedit.moments import SecondMoment
 from memedit.progress import Silent
 from memedit.prompts import EncodedRequest, encode_request
 from memedit.requests import EditRequest, Neighbour
-from memedit.side_effects import DriftReference
 from memedit.solve import METHODS
 from memedit.targets import Target
 from tests.cluster.processes import comes_true, processes_with

@@ -16,6 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from memedit.architecture import architecture_of
 from memedit.config import EvaluationSettings
+from memedit.drift import (
+    FEW_NEIGHBOURS,
+    DriftReference,
+    drift_prompts,
+    drift_reference,
+    measure_drift,
+)
 from memedit.evaluate import (
     evaluation_of,
     measurable,
@@ -24,17 +31,11 @@ from memedit.evaluate import (
     summarise,
     with_side_effects,
 )
+from memedit.free_text import ngram_entropy
 from memedit.generate import greedy_continuations
 from memedit.outcome import METRIC_KEYS, Evaluation, FactResult
 from memedit.prompts import encode_completion
 from memedit.requests import EditRequest, Neighbour
-from memedit.side_effects import (
-    DriftReference,
-    drift_prompts,
-    drift_reference,
-    measure_drift,
-    ngram_entropy,
-)
 from tests.measured import measure_side_effects
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -335,6 +336,10 @@ def test_what_was_not_asked_for_is_none() -> None:
     assert measure_drift(model, architecture_of(model.config), reference) is None
 
 
+def near(*prompts: str) -> tuple[Neighbour, ...]:
+    return tuple(Neighbour(prompt=prompt, target="old") for prompt in prompts)
+
+
 def test_drift_prompts_are_unique_spread_and_not_edited() -> None:
     facts = [
         EditRequest(
@@ -342,9 +347,8 @@ def test_drift_prompts_are_unique_spread_and_not_edited() -> None:
             subject=f"{i}",
             prompt="the number {} is",
             target_new="new",
-            neighbourhood=tuple(
-                Neighbour(prompt=text, target="old")
-                for text in ("shared prompt", f"number {i} a", f"number {i} b", "the number 3 is")
+            neighbourhood=near(
+                "shared prompt", f"number {i} a", f"number {i} b", "the number 3 is"
             ),
         )
         for i in range(10)
@@ -355,6 +359,18 @@ def test_drift_prompts_are_unique_spread_and_not_edited() -> None:
     few = drift_prompts(facts, 4)
     assert len(set(few)) == 4 and set(few) <= set(texts)
     assert [texts.index(text) for text in few] == [i * len(texts) // 4 for i in range(4)]
+
+
+def test_few_neighbourhood_prompts_are_joined_by_others() -> None:
+    def facts(n: int) -> list[EditRequest]:
+        return [replace(FACTS[0], neighbourhood=near(*(f"number {i} is" for i in range(n))))]
+
+    few, many = drift_prompts(facts(9), 1000), drift_prompts(facts(99), 1000)
+    assert 0 < len(few) < FEW_NEIGHBOURS < len(many)
+    others = ["in Kiel is", few[0], "in Ulm is"]
+    assert drift_prompts(facts(9), 1000, others) == [*few, "in Kiel is", "in Ulm is"]
+    assert drift_prompts(facts(9), len(few) + 1, others) == [*few, "in Kiel is"]
+    assert drift_prompts(facts(99), 1000, others) == many
 
 
 def test_drift_against_a_reference_in_bfloat16_and_back() -> None:

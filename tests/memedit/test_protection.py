@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memedit.config import ProtectSettings
+from memedit.drift import drift_prompts
 from memedit.protection import (
     Neighbours,
     ProtectingPrompts,
@@ -21,7 +22,6 @@ from memedit.protection import (
     protecting_prompts,
 )
 from memedit.requests import EditRequest, Neighbour
-from memedit.side_effects import drift_prompts
 
 TEXT = (
     "The river Danube flows through Vienna, and past Bratislava. Nobody knows what Anna Maria of "
@@ -65,7 +65,7 @@ def fact(i: int, subject: str, prompt: str = "{} lies in", **more: object) -> Ed
 
 FACTS = [
     fact(0, "Vienna", paraphrases=("Bonn lies in",)),
-    fact(1, "Oslo", "The flag of {} is", neighbourhood=(Neighbour(prompt="Kiel is", target="x"),)),
+    fact(1, "Oslo", "The flag of {} is", neighbourhood=(Neighbour(prompt="Ulm is", target="x"),)),
 ]
 
 
@@ -144,10 +144,12 @@ def test_half_of_the_neighbours_is_measured_and_never_protected() -> None:
     assert not {NEAR[1], NEAR[2]} & {*edited.measured, *edited.protectable}
 
 
-def test_a_single_neighbour_is_measured() -> None:
+def test_the_side_of_a_single_neighbour_is_that_of_its_prompt() -> None:
     for prompt in NEAR:
         one = fact(0, "Vienna", neighbourhood=(Neighbour(prompt=prompt, target="x"),))
-        assert neighbours_of([one]) == Neighbours(measured=[prompt], protectable=[])
+        measured, protectable = ([prompt], []) if odd(prompt) else ([], [prompt])
+        assert neighbours_of([one]) == Neighbours(measured=measured, protectable=protectable)
+        assert drift_prompts([one], 9) == measured
 
 
 def test_neighbourhood_prompts_come_first_unless_templates_are_asked_for() -> None:

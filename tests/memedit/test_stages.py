@@ -12,12 +12,12 @@ import torch
 
 from memedit import stages
 from memedit.config import EvaluationSettings, SolveSettings
+from memedit.drift import DriftReference
 from memedit.executor import InlineExecutor
 from memedit.files import LocalFiles
 from memedit.model import ModelSpec
 from memedit.moments import SecondMoment
 from memedit.requests import EditRequest
-from memedit.side_effects import DriftReference
 from memedit.solve import METHODS, Method, MomentFactor
 from memedit.stages import SolvedLayer, solve_layers
 from tests.heard import Heard

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from memedit.defaults import ALPHAEDIT_LAM
 from memedit.outcome import METRIC_KEYS
 from tests.tiny import save_tiny
 from tests.workflows.runs import Ran, edit, measured, memedit, quick, setting, write_rows
@@ -127,6 +128,27 @@ def test_methods_of_one_layer(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
     result = ran.result
     assert [r["layers"] for r in result["rows"]] == [[], [2], [2]]
     assert all(r["failed"] is None for r in result["rows"])
+
+
+def test_lambda_is_that_of_memit_and_not_alphaedits(base: Path, tmp_path: Path) -> None:
+    facts, cache = write_rows(tmp_path / "facts.jsonl"), tmp_path / "cache"
+    given = setting("solve.lam=1", "solve.null_threshold=1")
+    more = ("--methods", "memit,alphaedit", "--edits", "3", *given)
+    result = compare(base, facts, tmp_path / "out", cache, *more).result
+    found = row(result, "alphaedit", 3)
+    assert found["failed"] is None
+    assert (row(result, "memit", 3)["lam"], found["lam"]) == (1, ALPHAEDIT_LAM)
+    its_own = setting(f"solve.lam={ALPHAEDIT_LAM}", "solve.null_threshold=1")
+    ran = edit(base, facts, tmp_path / "alone", cache, "--method", "alphaedit", *its_own)
+    alone = ran.result["metrics"]["after"]
+    assert measured(found["metrics"]) == pytest.approx(measured(alone), rel=1e-5)
+
+
+def test_the_base_may_be_named_and_has_one_row(base: Path, tmp_path: Path) -> None:
+    facts = write_rows(tmp_path / "facts.jsonl")
+    more = ("--methods", "base,memit", "--edits", "1")
+    result = compare(base, facts, tmp_path / "out", tmp_path / "cache", *more).result
+    assert [(r["method"], r["failed"]) for r in result["rows"]] == [("base", None), ("memit", None)]
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ def test_a_neighbour_counts_as_lost_only_when_it_was_right_before():
     before = replace(LOST, neighbourhood=(True, False, True))
     (found,) = weakest([before], [replace(good, neighbourhood=(False, False, True))])
     assert (found.paraphrases_failed, found.neighbours_lost) == (1, 1)
+    assert found.before == before
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import workflows.editing
 from memedit.checkpoint import Checkpoint
+from memedit.config import TargetSettings
 from memedit.manifest import read_manifest
-from memedit.moments import SecondMoment
+from memedit.moments import SecondMoment, load_moment
+from memedit.prompts import BARE, FIXED_CONTEXTS
+from memedit.requests import EditRequest
 from memedit.worker import Worker
+from tests.plain import plain_current, plain_keys, plain_target
 from tests.tiny import save_tiny
 from tests.workflows.runs import (
     FACTS,
@@ -23,10 +29,12 @@ from tests.workflows.runs import (
     memedit,
     setting,
     shards,
+    stats,
     without_plots,
     write_rows,
 )
 from workflows.editing import Editing, growth_allowed
+from workflows.moments import moments_name
 
 TEXT = (
     "The road from Lyon to Geneva leads past Mont Blanc, which Horace de Saussure climbed. Near "
@@ -167,15 +175,61 @@ def test_rome_of_one_fact_is_emmet_of_one_layer(house: House) -> None:
     assert shards(house.folder / "rome") == shards(house.folder / "emmet")
 
 
-def test_rome_edits_one_fact_after_another(house: House, seen: Seen) -> None:
-    ran = house.edit("rome", "rome", layers="2")
+def rome(house: House, name: str, facts: Sequence[Mapping[str, Any]]) -> Tensor:
+    """The change of the one weight that it edits, float64 [O, I]."""
+    write_rows(house.facts, facts)
+    ran = house.edit(name, "rome", layers="2")
     assert ran.code == 0, ran.stderr
+    (weight,) = read_manifest(house.folder / name).tensors
+    before, after = (Checkpoint.open(at).read(weight) for at in (house.base, house.folder / name))
+    return after.double() - before.double()
+
+
+def test_rome_edits_one_fact_after_another(house: House, seen: Seen) -> None:
+    delta_OI = rome(house, "rome", FACTS)
     assert [len(facts) for facts in seen.sought] == [1, 1, 1]
-    (name,) = read_manifest(house.folder / "rome").tensors
-    before, after = (Checkpoint.open(at).read(name) for at in (house.base, house.folder / "rome"))
-    assert torch.linalg.matrix_rank(after - before, rtol=1e-4) == 3
+    assert torch.linalg.matrix_rank(delta_OI, rtol=1e-4) == 3
     ran = house.edit("two layers", "rome")
     assert ran.code == 2 and "rome edits one layer" in ran.error["message"]
+
+
+def test_rome_seeks_each_fact_on_the_model_that_those_before_it_have_left(
+    house: House, seen: Seen
+) -> None:
+    both_OI = rome(house, "both", FACTS[:2])
+    order = [subject for (subject,) in seen.sought]
+    first, second = sorted(FACTS[:2], key=lambda fact: order.index(fact["subject"]))
+    first_OI, second_OI = rome(house, "first", [first]), rome(house, "second", [second])
+    # The text is counted again, and gives the same C: no layer's keys depend on its own weight.
+    then_OI = rome(replace(house, base=house.folder / "first"), "then", [second])
+    torch.testing.assert_close(both_OI, first_OI + then_OI, atol=1e-5, rtol=0)
+    assert (then_OI - second_OI).norm() > 0.01 * second_OI.norm()
+
+
+def test_rome_has_the_mean_key_in_both_places_of_its_update(house: House) -> None:
+    """Two keys, as the published code has them, can ruin a model (arXiv 2403.07175)."""
+    fact = {name: FACTS[0][name] for name in ("subject", "prompt", "target_new")}
+    delta_OI = rome(house, "rome", [fact])
+    counted = house.folder / "stats"
+    stats(house.base, counted, house.folder / "cache", "--corpus", house.corpus, layers="2")
+    moment_II = load_moment(counted / moments_name(2)).value_II
+
+    request, contexts = EditRequest(case_id="0", **fact), (BARE, *FIXED_CONTEXTS)
+    model = AutoModelForCausalLM.from_pretrained(house.base)
+    tokenizer = AutoTokenizer.from_pretrained(house.base)
+    settings = TargetSettings(**read_manifest(house.folder / "rome").settings["targets"])
+    z_O = plain_target(model, tokenizer, request, contexts, settings, 2)
+    (residual_O,) = (z_O - plain_current(model, tokenizer, [request], 2)).double()
+    mean_I, bare_I = (
+        plain_keys(model, tokenizer, [request], those, 2)[0].double()
+        for those in (contexts, contexts[:1])
+    )
+    direction_I = torch.linalg.solve(moment_II, mean_I)
+    expected_OI = torch.outer(residual_O, direction_I) / (direction_I @ mean_I)
+    assert (delta_OI - expected_OI).norm() < 1e-3 * expected_OI.norm()
+    assert (delta_OI @ mean_I - residual_O).norm() < 1e-3 * residual_O.norm()
+    # Or the bare prompt's key would do in either place.
+    assert (delta_OI @ bare_I - residual_O).norm() > 0.1 * residual_O.norm()
 
 
 def test_fine_tuning_changes_one_weight(house: House) -> None:

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memedit.config import EditSettings, TargetSettings
+from memedit.config import EditSettings, ProtectSettings, TargetSettings
 from memedit.errors import InputError
 from workflows.fields import ABOVE, AT_LEAST, AT_MOST, LARGEST_SEED, SECTIONS, parse_layers
 from workflows.gates import parse_gate
@@ -55,6 +56,17 @@ def test_only_what_was_set_replaces_the_defaults_of_the_family() -> None:
     assert settings == dataclasses.replace(
         family, method="memedit", targets=TargetSettings(steps=20, lr=0.1)
     )
+
+
+def test_what_tells_one_edit_from_another_is_what_its_method_looks_at() -> None:
+    def told(**more: Any) -> dict[str, object]:
+        return EditSettings(layers=(1,), **more).of_method()
+
+    other = ProtectSettings(prompts=7)
+    assert told(method="memit") == told(method="memit", protect=other)
+    assert told(method="memedit") != told(method="memedit", protect=other)
+    # Versions of before the rules changed keep their names to themselves.
+    assert told(method="memedit")["rules"] == 2 and "rules" not in told(method="memit")
 
 
 def test_the_seed_reaches_every_section_that_sets_none() -> None:

@@ -18,7 +18,9 @@ from memedit.trace_stages import trace_all
 from memedit.tracing import default_tokens_per_batch
 from tests.tiny import LAYERS, save_tiny
 from tests.workflows.runs import FACTS, Ran, contents, memedit, setting, write_rows
+from tests.workflows.studies import example_trace, example_traces
 from workflows.heat_maps import heat_map
+from workflows.trace_page import write_trace_page
 
 ALL = setting("trace.facts=all", "trace.samples=2", "trace.window=2")
 
@@ -109,8 +111,32 @@ def test_the_page_needs_nothing_else(done: tuple[Path, Any]) -> None:
     page = (out / "page.html").read_text()
     assert page.count("<svg") == 4 + result["facts"]["traced"]
     assert "http" not in page.replace("http://www.w3.org", "")
-    if result["proposal"]:
-        assert f"--layers {result['proposal']['flag']}" in page
+
+
+def page_of(proposal: dict[str, Any] | None, folder: Path) -> str:
+    traced = example_traces()
+    write_trace_page({**example_trace(traced), "proposal": proposal}, traced, folder / "page.html")
+    return (folder / "page.html").read_text()
+
+
+NOTHING = ("<h1>No layers to propose</h1>", "the MLPs add nothing to bringing a fact back")
+
+
+def test_the_page_begins_with_the_layers_to_edit(tmp_path: Path) -> None:
+    proposal = {"flag": "4-6", "layers": [4, 5, 6], "last_interval": [5, 8]}
+    page = page_of(proposal, tmp_path)
+    assert "<h1>Begin with layers 4–6</h1>" in page and "<code>--layers 4-6</code>" in page
+    assert "the MLPs above layer 6 add less than half" in page
+    assert "the last layer would lie between 5 and 8 in 95 of 100 cases" in page
+    assert not any(text in page for text in NOTHING)
+    alone = page_of({"flag": "4", "layers": [4], "last_interval": [4, 4]}, tmp_path)
+    assert "<h1>Begin with layer 4</h1>" in alone
+
+
+def test_the_page_says_that_there_are_no_layers_to_propose(tmp_path: Path) -> None:
+    page = page_of(None, tmp_path)
+    assert all(text in page for text in NOTHING)
+    assert "Begin with layers" not in page and "--layers" not in page
 
 
 def test_equal_jobs_give_equal_numbers(
