@@ -21,9 +21,6 @@ from memedit.protection import neighbours_of
 from memedit.requests import EditRequest
 from memedit.scoring import Ids, next_token_logprobs
 
-FEW_NEIGHBOURS = 20
-"""With fewer neighbourhood prompts than this, drift is measured on others, too."""
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DriftReference:
@@ -63,12 +60,9 @@ def drift_prompts(
 ) -> list[str]:
     """What drift is measured on: at most `limit` prompts that no fact edits and no method protects.
 
-    Unique neighbourhood prompts, evenly spread over the facts. Where they are too few to say much,
-    prompts from `elsewhere` join them.
+    Unique neighbourhood prompts, evenly spread over the facts; where there is none, `elsewhere`.
     """
-    prompts = neighbours_of(requests).measured
-    if len(prompts) < min(FEW_NEIGHBOURS, limit):
-        prompts = list(dict.fromkeys((*prompts, *elsewhere)))[:limit]
+    prompts = neighbours_of(requests).measured or list(elsewhere[:limit])
     if len(prompts) > limit:
         prompts = [prompts[i * len(prompts) // limit] for i in range(limit)]
     return prompts

@@ -31,7 +31,6 @@ from memedit.cost import (
     statistics_work,
     targets_work,
 )
-from memedit.drift import FEW_NEIGHBOURS
 from memedit.errors import InputError
 from memedit.evaluate import GENERATION_EXTRA_TOKENS, questions
 from memedit.free_text import consistency_sample
@@ -426,8 +425,7 @@ def _judged(
     prompt_length = _prompt_length(tokenizer, sample)
     fluent = min(len(requests), settings.fluency_facts)
     neighbours = len(neighbours_of(sample).measured) * scale
-    few = neighbours < FEW_NEIGHBOURS and settings.heldout_tokens
-    near = settings.drift_prompts if few else int(neighbours)
+    near = int(neighbours) or (settings.drift_prompts if settings.heldout_tokens else 0)
     drift = min(near, settings.drift_prompts)
     texts = [p for r in consistency_sample(requests, settings) for p in r.generation_prompts]
     side_tokens = (fluent + drift) * prompt_length + settings.heldout_tokens

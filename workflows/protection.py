@@ -63,7 +63,7 @@ def prompts_for_drift(
     positions: float,
     settings: EvaluationSettings,
 ) -> list[str]:
-    """Prompts for the drift of facts with few neighbourhood prompts, with names of held-out text.
+    """Prompts for the drift of facts without neighbourhood prompts, with names of held-out text.
 
     Those that are no longer than `positions`, as far as the model reads.
     """

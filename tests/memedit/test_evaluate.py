@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from memedit.architecture import architecture_of
 from memedit.config import EvaluationSettings
 from memedit.drift import (
-    FEW_NEIGHBOURS,
     DriftReference,
     drift_prompts,
     drift_reference,
@@ -361,16 +360,13 @@ def test_drift_prompts_are_unique_spread_and_not_edited() -> None:
     assert [texts.index(text) for text in few] == [i * len(texts) // 4 for i in range(4)]
 
 
-def test_few_neighbourhood_prompts_are_joined_by_others() -> None:
-    def facts(n: int) -> list[EditRequest]:
-        return [replace(FACTS[0], neighbourhood=near(*(f"number {i} is" for i in range(n))))]
-
-    few, many = drift_prompts(facts(9), 1000), drift_prompts(facts(99), 1000)
-    assert 0 < len(few) < FEW_NEIGHBOURS < len(many)
-    others = ["in Kiel is", few[0], "in Ulm is"]
-    assert drift_prompts(facts(9), 1000, others) == [*few, "in Kiel is", "in Ulm is"]
-    assert drift_prompts(facts(9), len(few) + 1, others) == [*few, "in Kiel is"]
-    assert drift_prompts(facts(99), 1000, others) == many
+def test_drift_is_measured_elsewhere_only_without_neighbours() -> None:
+    some = replace(FACTS[0], neighbourhood=near(*(f"number {i} is" for i in range(9))))
+    none = replace(FACTS[0], neighbourhood=())
+    others = ["in Kiel is", "in Ulm is"]
+    assert drift_prompts([some], 99, others) == drift_prompts([some], 99) != []
+    assert drift_prompts([none], 99, others) == others
+    assert drift_prompts([none], 1, others) == others[:1]
 
 
 def test_drift_against_a_reference_in_bfloat16_and_back() -> None:

@@ -14,7 +14,7 @@ from tests.workflows.outcomes import example_outcome
 from tests.workflows.test_report import HOSTILE, Page
 from workflows.evaluate import Evaluated
 from workflows.evaluation_page import render_evaluation, write_evaluation
-from workflows.findings import failures
+from workflows.findings import failures, weakest
 from workflows.judgements import relation_metrics
 
 
@@ -84,10 +84,11 @@ def test_metrics_have_the_base_the_change_and_intervals(text: str) -> None:
 def test_what_failed_is_shown_with_both_continuations(text: str) -> None:
     found = example()
     assert found.before is not None
-    failed = failures(found.before.facts, found.after.facts)
+    old, new = found.before.facts, found.after.facts
+    shown = [*failures(old, new), *weakest(old, new)]
     for name, facts in (
-        ("Said before", [each.before for each in failed]),
-        ("Says now", [each.after for each in failed]),
+        ("Said before", [each.before for each in shown]),
+        ("Says now", [each.after for each in shown]),
     ):
         cells = re.findall(rf'<td data-name="{name}">(.*?)</td>', text)
         plain = [" ".join(re.sub("<[^>]*>", "", cell).split()) for cell in cells]

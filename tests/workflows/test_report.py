@@ -12,7 +12,7 @@ import pytest
 from memedit.errors import InputError
 from memedit.outcome import EditOutcome, Evaluation, FactCounts
 from tests.workflows.outcomes import example_outcome
-from workflows.findings import failures
+from workflows.findings import failures, weakest
 from workflows.judged_rows import SHOWN_FAILURES
 from workflows.report import render_report, write_report
 
@@ -186,7 +186,8 @@ def test_the_worst_facts_say_what_they_said_before(text):
     outcome = example_outcome(100)
     cells = re.findall(r'<td data-name="Said before">(.*?)</td>', text)
     plain = [" ".join(re.sub("<[^>]*>", "", cell).split()) for cell in cells]
-    found = failures(outcome.before.facts, outcome.after.facts)
+    old, new = outcome.before.facts, outcome.after.facts
+    found = [*failures(old, new), *weakest(old, new)]
     said = [" ".join(each.before.continuation.split()) for each in found]
     assert plain and plain == said[: len(plain)]
 
