@@ -30,7 +30,7 @@ from memedit.evaluate import (
     summarise,
     with_side_effects,
 )
-from memedit.free_text import ngram_entropy
+from memedit.free_text import Sample, ngram_entropy
 from memedit.generate import greedy_continuations
 from memedit.outcome import METRIC_KEYS, Evaluation, FactResult
 from memedit.prompts import encode_completion
@@ -384,6 +384,12 @@ def test_fluency_is_the_mean_entropy_of_prompt_and_continuation() -> None:
     found = measure_side_effects(model, tokenizer, None, FACTS, settings=settings)
     expected = fmean(ngram_entropy(text) for text in texts)
     assert found.metrics["fluency"] == pytest.approx(expected)
+
+
+def test_fluency_is_of_a_generation_prompt_where_a_fact_has_one() -> None:
+    asked = replace(FACTS[0], generation_prompts=("Near the Eiffel Tower", "The Tower"))
+    told = Sample.of([asked, *FACTS[1:]], SMALL).told
+    assert told == ("Near the Eiffel Tower", FACTS[1].text)
 
 
 # ----------------------------------------------------------------------------------- real model
