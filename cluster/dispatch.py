@@ -73,6 +73,8 @@ class Dispatch:
         self._done = bytearray(units)
         self._left = units
         self._attempts: dict[int, int] = {}
+        self._suspects: set[int] = set()
+        """What lost workers had been given: one of it may kill the next, so each is done alone."""
         self._durations: deque[float] = deque(maxlen=99)
         self._searched = -math.inf
         self.retried = 0
@@ -95,15 +97,19 @@ class Dispatch:
     def take(self, worker: int, now: float) -> int | None:
         """The next unit for a worker, or None if there is nothing for it at present.
 
-        A second unit is given ahead, so that it waits for no driver; the last ones are not.
+        A second unit is given ahead, so that it waits for no driver; the last ones are not, nor is
+        anything beside a unit that a lost worker had: it would share the blame.
         """
         state = self._workers[worker]
         while self._waiting and self._waiting[0][0] <= now:
             self._requeue(heapq.heappop(self._waiting)[1], front=True)
         ahead = self.sticky or self._queued > len(self._workers)
-        if len(state.units) >= 1 + ahead:
+        if len(state.units) >= 1 + ahead or not self._suspects.isdisjoint(state.units):
             return None
         unit = self._next(worker)
+        if unit is not None and state.units and unit in self._suspects:
+            self._requeue(unit, front=True)
+            return None
         if unit is None and not state.units:
             unit = self._straggler(now)
         if unit is None:
@@ -197,11 +203,16 @@ class Dispatch:
         return self._failed(unit, now, for_good=for_good)
 
     def lost(self, worker: int, now: float) -> list[int]:
-        """A worker is gone, and what it was doing has failed; the units that are given up now."""
+        """A worker is gone, and what it was doing has failed; the units that are given up now.
+
+        It may have died of the next unit before it was heard that the first was done. So the first
+        is blamed, but from then on neither is done beside another.
+        """
         state = self._workers.pop(worker, None)
         if state is None:
             return []
         units = list(state.units)
+        self._suspects.update(units)
         for unit in reversed(units[1:]):  # these it has not begun
             if not self._runs(unit):
                 self._requeue(unit, front=True)
@@ -223,6 +234,7 @@ class Dispatch:
     def _end(self, unit: int) -> bool:
         first = not self._done[unit]
         self._done[unit] = 1
+        self._suspects.discard(unit)
         self._left -= first
         return first
 

@@ -71,6 +71,29 @@ def test_only_what_a_lost_worker_was_doing_has_failed() -> None:
     assert made.lost(0, 5.0) == [0]
 
 
+def test_what_a_lost_worker_had_is_done_alone_so_that_the_right_unit_is_blamed() -> None:
+    made = dispatch(8, 1)
+    now = 0.0
+    deaths = []
+    while not made.ended():
+        made.joined(0, now)
+        had: list[int] = []
+        while (unit := made.take(0, now)) is not None:
+            had.append(unit)
+            if unit == 3:  # it kills before anyone hears that the one before it was done
+                deaths.append(list(had))
+                assert made.lost(0, now) == ([3] if len(deaths) == 4 else [])
+                break
+            if len(had) == 2:
+                assert made.done(0, had.pop(0), now)
+        else:
+            for unit in had:
+                assert made.done(0, unit, now)
+        now += 10.0
+    assert deaths == [[2, 3], [3], [3], [3]]
+    assert (made.attempts(2), made.attempts(3)) == (1, 3)
+
+
 def test_a_worker_without_a_word_is_hung_and_one_that_speaks_is_not() -> None:
     made = dispatch(4, 2)
     assert made.take(0, 0.0) == 0 and made.take(1, 0.0) is not None
@@ -96,7 +119,8 @@ def test_sticky_units_stay_and_those_of_the_dead_move() -> None:
     assert made.take(0, 1.0) == 4 and made.take(0, 1.0) is None
     assert made.lost(1, 1.0) == []
     assert made.done(0, 4, 2.0)
-    assert [made.take(0, 2.0), made.take(0, 2.0)] == [1, 3]  # 1 has waited
+    assert [made.take(0, 2.0), made.take(0, 2.0)] == [1, None]  # 1 has waited
+    assert made.done(0, 1, 2.5) and made.take(0, 2.5) == 3
     made.joined(1, 3.0)
     assert made.take(1, 3.0) == 5
 
