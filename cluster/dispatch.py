@@ -74,7 +74,7 @@ class Dispatch:
         self._left = units
         self._attempts: dict[int, int] = {}
         self._suspects: set[int] = set()
-        """What lost workers had been given: one of it may kill the next, so each is done alone."""
+        """What lost workers had been given: any may be what kills, so each is done alone."""
         self._durations: deque[float] = deque(maxlen=99)
         self._searched = -math.inf
         self.retried = 0
@@ -206,13 +206,13 @@ class Dispatch:
         """A worker is gone, and what it was doing has failed; the units that are given up now.
 
         It may have died of the next unit before it was heard that the first was done. So the first
-        is blamed, but from then on neither is done beside another.
+        is blamed, but from then on neither is given out beside another.
         """
         state = self._workers.pop(worker, None)
         if state is None:
             return []
         units = list(state.units)
-        self._suspects.update(units)
+        self._suspects.update(unit for unit in units if not self._done[unit])
         for unit in reversed(units[1:]):  # these it has not begun
             if not self._runs(unit):
                 self._requeue(unit, front=True)

@@ -95,8 +95,8 @@ class ProtectSettings:
     weight: float = 3.0
     """Of the mean C_p of their keys, against 1 of the corpus' C."""
     source: Literal["neighbourhood", "templates"] = "neighbourhood"
-    """Of the facts' neighbourhood prompts, half of which are never protected so that drift can be
-    measured there, filled up with the facts' own templates with names out of the corpus; or the
+    """Of the facts' neighbourhood prompts, of which about half is never protected so that drift can
+    be measured there, filled up with the facts' own templates with names out of the corpus; or the
     latter alone."""
     seed: int = 0
 

@@ -99,8 +99,8 @@ _SMOLLM2_LAM = ((10, 150.0), (100, 400.0), (1000, 800.0))
 
 _SMOLLM2_PROTECTED_LAM = ((10, 340.0), (100, 900.0), (250, 1190.0), (1000, 700.0))
 """λ where keys are protected and repair follows: what a larger λ leaves unsaid is repaired, and
-what it spares stays spared, until too much is left to repair. Tried at 250 and at 1,000 facts; at
-10 and at 100 it is as many times MEMIT's λ as at 250
+what it spares stays spared, until too much is left to repair. Tried at 250 facts, and at 1,000 with
+600 and 1,800, between which 700 lies; at 10 and at 100 it is as many times MEMIT's λ as at 250
 (docs/decisions/0007-protect-and-repair.md)."""
 
 ALPHAEDIT_LAM = 10.0
@@ -140,7 +140,8 @@ def defaults_for(
         settings = replace(settings, solve=replace(settings.solve, lam=ALPHAEDIT_LAM))
     source = found.source
     if method == "memedit" and _key(config) == _SMOLLM2:
-        source = "SmolLM2 135M, at 250 and 1,000 facts (docs/decisions/0007-protect-and-repair.md)"
+        where = "docs/decisions/0007-protect-and-repair.md"
+        source = f"SmolLM2 135M, tried around 250 and 1,000 facts ({where})"
     elif method != "memit":
         source = f"{source}, for memit; {_BEYOND_MEMIT[method]}"
     return replace(found, settings=settings, source=source)

@@ -1,7 +1,8 @@
 """Drift: how far an edit moves what a model says next about facts that were not edited.
 
-Measured against the distributions that the base gave, which are recorded once, with what it was
-asked to write about (`memedit.free_text`). Knows prompts and log-probabilities.
+Measured against the distributions that the base gave. They are recorded once; the record also keeps
+which facts free text was written about (`memedit.free_text`), so that later texts are about the
+same. Knows prompts and log-probabilities.
 """
 
 from __future__ import annotations
@@ -58,9 +59,10 @@ class DriftReference:
 def drift_prompts(
     requests: Sequence[EditRequest], limit: int, elsewhere: Sequence[str] = ()
 ) -> list[str]:
-    """What drift is measured on: at most `limit` prompts that no fact edits and no method protects.
+    """What drift is measured on: at most `limit` prompts that no method protects.
 
-    Unique neighbourhood prompts, evenly spread over the facts; where there is none, `elsewhere`.
+    Unique neighbourhood prompts that none of the facts edits, evenly spread over the facts; where
+    there is none, `elsewhere`.
     """
     prompts = neighbours_of(requests).measured or list(elsewhere[:limit])
     if len(prompts) > limit:

@@ -270,7 +270,7 @@ def measurable(requests: Sequence[EditRequest], settings: EvaluationSettings) ->
         "perplexity": settings.heldout_tokens > 1,
     }
     near = bool(drift_prompts(requests, settings.drift_prompts))
-    # Without neighbours on the facts' prompts with other names, if held-out text has some.
+    # Without such neighbours on the facts' prompts with other names, if held-out text has some.
     drift = near or bool(settings.drift_prompts and settings.heldout_tokens)
     found |= {"neighbourhood_kl": near, "drift_kl": drift, "drift_top1": drift}
     return frozenset(name for name, there in found.items() if there)

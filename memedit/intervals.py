@@ -19,6 +19,8 @@ from memedit.outcome import FactResult
 
 RESAMPLES = 1000
 _LEVEL = 0.95
+_FEWEST = 10
+"""Prompts or windows below which nothing is said of others: their draws are too much alike."""
 _AT_ONCE = 2**20
 """Facts that are drawn at once, so that memory does not grow with the batch."""
 
@@ -101,13 +103,13 @@ def changes_of(
 def ratio_interval(
     above: Sequence[float], below: Sequence[float] | None = None
 ) -> tuple[float, float] | None:
-    """The 95% interval of Σ above / Σ below over items drawn together; None of fewer than two.
+    """The 95% interval of Σ above / Σ below over items drawn together; None of a handful.
 
     Args:
         above: A value of each item.
         below: Its weight; without them this is the interval of the mean.
     """
-    if len(above) < 2:
+    if len(above) < _FEWEST:
         return None
     values_FM = torch.tensor([above, below or [1.0] * len(above)], dtype=torch.float64).T
     above_R, below_R = resampled_means(values_FM).T

@@ -103,7 +103,8 @@ def prompts_elsewhere(
 ) -> list[str]:
     """The facts' prompts with names out of text, to measure drift on; at most `count`, each once.
 
-    For facts without neighbourhood prompts. None of them is ever protected (`is_for_measuring`).
+    For facts without neighbourhood prompts on that side: none of them is ever protected
+    (`is_for_measuring`).
     """
     edited = _edited(requests)
     made = templated(requests, names_in(texts), count=4 * count, random=Random(0))

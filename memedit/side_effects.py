@@ -182,7 +182,7 @@ def side_effect_parts(
     Args:
         requests: The facts.
         heldout: Token ids of documents for the perplexity; None leaves it out.
-        elsewhere: Prompts for the drift where the facts bring none.
+        elsewhere: Prompts for the drift where the facts bring none that no method protects.
         reference: The base's distributions, from the measurement of the unedited model; None makes
             the measured model the base, whose drift is 0 by definition.
         sample: What free text is asked for.

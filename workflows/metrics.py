@@ -182,7 +182,8 @@ METRICS = (
     ),
     Metric(
         key="drift_kl",
-        needs="neighbourhood prompts, or held-out text with names (evaluation.drift_prompts)",
+        needs="neighbourhood prompts that no method protects, or held-out text with names"
+        " (evaluation.drift_prompts)",
         label="Drift, KL",
         meaning="shift of the next token elsewhere; lower is better",
         percent=False,
@@ -192,7 +193,8 @@ METRICS = (
     ),
     Metric(
         key="drift_top1",
-        needs="neighbourhood prompts, or held-out text with names (evaluation.drift_prompts)",
+        needs="neighbourhood prompts that no method protects, or held-out text with names"
+        " (evaluation.drift_prompts)",
         label="Drift, same top-1",
         meaning="other prompts whose likeliest token stayed",
     ),

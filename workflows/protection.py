@@ -63,7 +63,7 @@ def prompts_for_drift(
     positions: float,
     settings: EvaluationSettings,
 ) -> list[str]:
-    """Prompts for the drift of facts without neighbourhood prompts, with names of held-out text.
+    """Prompts for drift, with names of held-out text, for facts that bring none to measure it on.
 
     Those that are no longer than `positions`, as far as the model reads.
     """
@@ -113,6 +113,10 @@ def protection_for(
                 "made without protected keys, and drift does not limit repair"
             )
         return Protection(moments=None, prompts=0, heldout=heldout)
+    if settings.repair.rounds and settings.repair.prompts and not heldout:
+        progress.message(
+            "there are too few prompts to look at drift with: it does not limit repair"
+        )
     tokens = sum(map(len, protected))
     counted = MomentSettings(
         tokens=tokens,

@@ -94,6 +94,16 @@ def test_what_a_lost_worker_had_is_done_alone_so_that_the_right_unit_is_blamed()
     assert (made.attempts(2), made.attempts(3)) == (1, 3)
 
 
+def test_what_a_lost_worker_had_waits_for_a_worker_without_work() -> None:
+    made = dispatch(9, 2)
+    assert [made.take(0, 0.0), made.take(0, 0.0), made.take(1, 0.0)] == [0, 1, 2]
+    assert made.lost(0, 1.0) == []
+    assert made.take(1, 1.0) is None  # it has 2, and 1 is next
+    assert made.done(1, 2, 2.0) and [made.take(1, 2.0), made.take(1, 2.0)] == [0, None]
+    assert made.done(1, 0, 3.0) and [made.take(1, 3.0), made.take(1, 3.0)] == [1, None]
+    assert made.done(1, 1, 4.0) and [made.take(1, 4.0), made.take(1, 4.0)] == [3, 4]
+
+
 def test_a_worker_without_a_word_is_hung_and_one_that_speaks_is_not() -> None:
     made = dispatch(4, 2)
     assert made.take(0, 0.0) == 0 and made.take(1, 0.0) is not None
@@ -166,6 +176,7 @@ def test_every_unit_ends_once_whatever_happens(
     )
     ended: Counter[int] = Counter()
     running: dict[int, list[int]] = {}
+    suspects: set[int] = set()
     events: list[tuple[float, int, str, int]] = []
     now = 0.0
 
@@ -174,6 +185,7 @@ def test_every_unit_ends_once_whatever_happens(
             running[worker].append(unit)
             if len(running[worker]) == 1:
                 plan(worker)
+            assert len(running[worker]) == 1 or suspects.isdisjoint(running[worker])
 
     def plan(worker: int) -> None:
         what = "die" if chance.random() < trouble / 2 else "fail"
@@ -199,7 +211,9 @@ def test_every_unit_ends_once_whatever_happens(
             continue
         if what == "die":
             ended.update(made.lost(worker, now))
-            del running[worker]
+            had = running.pop(worker)
+            if sticky or not copies:  # a copy may run beside another already
+                suspects.update(had)
             heapq.heappush(events, (now + 3, worker, "back", 0))
             continue
         unit = running[worker].pop(0)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from cluster.executors import open_executor
-from memedit import collect, side_effects, stages
+from memedit import collect, free_text, side_effects, stages
 from memedit.architecture import Architecture
 from memedit.config import EvaluationSettings, MomentSettings, SolveSettings, TargetSettings
 from memedit.drift import DriftReference
@@ -265,7 +265,7 @@ def test_judgements(both: tuple[Executor, Executor], tmp_path: Path) -> None:
     parts = side_effects.side_effect_parts(
         REQUESTS,
         heldout=heldout,
-        sample=side_effects.Sample.of(REQUESTS, JUDGEMENT),
+        sample=free_text.Sample.of(REQUESTS, JUDGEMENT),
         settings=JUDGEMENT,
     )
     counts = Counter(type(part).__name__ for part in parts)

@@ -34,6 +34,7 @@ from memedit.free_text import Sample, ngram_entropy
 from memedit.generate import greedy_continuations
 from memedit.outcome import METRIC_KEYS, Evaluation, FactResult
 from memedit.prompts import encode_completion
+from memedit.protection import is_for_measuring
 from memedit.requests import EditRequest, Neighbour
 from tests.measured import measure_side_effects
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -367,6 +368,11 @@ def test_drift_is_measured_elsewhere_only_without_neighbours() -> None:
     assert drift_prompts([some], 99, others) == drift_prompts([some], 99) != []
     assert drift_prompts([none], 99, others) == others
     assert drift_prompts([none], 1, others) == others[:1]
+    texts = [f"number {i} is" for i in range(9)]
+    protectable = replace(none, neighbourhood=near(*(t for t in texts if not is_for_measuring(t))))
+    assert protectable.neighbourhood and drift_prompts([protectable], 99, others) == others
+    single = replace(none, neighbourhood=near(next(t for t in texts if is_for_measuring(t))))
+    assert drift_prompts([single], 99, others) == [single.neighbourhood[0].prompt]
 
 
 def test_drift_against_a_reference_in_bfloat16_and_back() -> None:

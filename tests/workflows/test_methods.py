@@ -18,6 +18,7 @@ from memedit.config import TargetSettings
 from memedit.manifest import read_manifest
 from memedit.moments import SecondMoment, load_moment
 from memedit.prompts import BARE, FIXED_CONTEXTS
+from memedit.protection import is_for_measuring
 from memedit.requests import EditRequest
 from memedit.worker import Worker
 from tests.plain import plain_current, plain_keys, plain_target
@@ -165,6 +166,20 @@ def test_text_without_names_protects_nothing_and_says_so(house: House, seen: See
     assert ran.code == 0, ran.stderr
     assert set(seen.protected) == {None}
     assert "no names were found" in ran.stderr
+
+
+def test_a_single_prompt_is_protected_and_that_nothing_limits_repair_is_said(
+    house: House, seen: Seen
+) -> None:
+    house.corpus.write_text("nothing here has a name at all, and so it goes on. " * 200)
+    prompt = next(p for i in range(99) if not is_for_measuring(p := f"the river {i} is in"))
+    near = [{"prompt": prompt, "target": "France"}]
+    write_rows(house.facts, [{**FACTS[0], "neighbourhood": near}])
+    ran = house.edit("out", "memedit")
+    assert ran.code == 0, ran.stderr
+    assert seen.protected[0] is not None
+    assert "too few prompts" in ran.stderr
+    assert "too few prompts" not in house.edit("bare", "memedit", "repair.rounds=0").stderr
 
 
 def test_rome_of_one_fact_is_emmet_of_one_layer(house: House) -> None:
