@@ -19,8 +19,8 @@ from memedit.outcome import FactResult
 
 RESAMPLES = 1000
 _LEVEL = 0.95
-_FEWEST = 10
-"""Prompts or windows below which nothing is said of others: their draws are too much alike."""
+_FEWEST = 5
+"""Prompts or windows: four that are alike may be so by chance, 1 in 16 where half of all are."""
 _AT_ONCE = 2**20
 """Facts that are drawn at once, so that memory does not grow with the batch."""
 

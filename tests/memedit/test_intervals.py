@@ -11,7 +11,7 @@ import torch
 
 from memedit import intervals
 from memedit.evaluate import summarise
-from memedit.intervals import changes_of, intervals_of, resampled_means
+from memedit.intervals import changes_of, intervals_of, ratio_interval, resampled_means
 from memedit.outcome import FactResult
 
 
@@ -137,3 +137,10 @@ def test_a_change_is_of_the_same_facts() -> None:
     with pytest.raises(ValueError, match="not the same facts"):
         changes_of([one], [other])
     assert changes_of([], []) == {}
+
+
+def test_of_a_handful_of_prompts_nothing_is_said_of_others() -> None:
+    assert ratio_interval([0.0] * 4) is None
+    assert ratio_interval([0.0] * 5) == (0.0, 0.0)
+    low, high = ratio_interval([1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 1.0, 1.0, 1.0, 2.0]) or (0, 0)
+    assert 1.0 < low < 15 / 6 < high < 4.0

@@ -98,6 +98,20 @@ def test_what_failed_is_shown_with_both_continuations(text: str) -> None:
     assert "Neighbours lost" in text
 
 
+def test_a_relation_of_one_fact_has_no_interval_and_no_arrow_to_one() -> None:
+    found = example()
+    assert found.before is not None
+    first, *others = found.before.facts
+    before = replace(found.before, facts=(replace(first, relation="alone"), *others))
+    first, *others = found.after.facts
+    after = replace(found.after, facts=(replace(first, relation="alone"), *others))
+    text = render_evaluation(replace(found, before=before, after=after))
+    (row,) = re.findall(r"<th scope=\"row\">alone</th>.*?</tr>", text)
+    smalls = re.findall(r"<small>(.*?)</small>", row)
+    assert smalls and not [cell for cell in smalls if "→" in cell]
+    assert re.search(r"\d → \d", text.replace(row, ""))
+
+
 def test_without_a_base_nothing_is_said_of_before() -> None:
     found = example()
     metrics = found.after.metrics | {"drift_kl": None, "drift_top1": None}
