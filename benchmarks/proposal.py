@@ -44,6 +44,7 @@ def main() -> None:
             path.write_text("\n".join(half_of(args.facts, half)) + "\n", encoding="utf-8")
         traced = trace(args, halves["first"], here / "traced")
         proposal = traced["proposal"]
+        del traced["skipped"]  # a line of the data set for each fact that the model does not know
         save_json("proposal-trace", {"traced": traced})
         if proposal is None:
             print("the facts that were traced propose no layers")
