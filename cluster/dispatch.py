@@ -98,7 +98,8 @@ class Dispatch:
         """The next unit for a worker, or None if there is nothing for it at present.
 
         A second unit is given ahead, so that it waits for no driver; the last ones are not, nor is
-        anything beside a unit that a lost worker had: it would share the blame.
+        anything beside a unit that a lost worker had: it would share the blame. While such a unit
+        is next, nothing is given ahead.
         """
         state = self._workers[worker]
         while self._waiting and self._waiting[0][0] <= now:

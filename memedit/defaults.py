@@ -141,7 +141,7 @@ def defaults_for(
     source = found.source
     if method == "memedit" and _key(config) == _SMOLLM2:
         where = "docs/decisions/0007-protect-and-repair.md"
-        source = f"SmolLM2 135M, tried around 250 and 1,000 facts ({where})"
+        source = f"SmolLM2 135M, tried at 250 facts, and at 1,000 with other λ ({where})"
     elif method != "memit":
         source = f"{source}, for memit; {_BEYOND_MEMIT[method]}"
     return replace(found, settings=settings, source=source)

@@ -20,7 +20,8 @@ from memedit.outcome import FactResult
 RESAMPLES = 1000
 _LEVEL = 0.95
 _FEWEST = 5
-"""Prompts or windows: four that are alike may be so by chance, 1 in 16 where half of all are."""
+"""Prompts, windows or texts. Where an edit has changed half of all prompts, four drawn at random
+have all changed once in 16 times, five once in 32: fewer would seem sure of too much."""
 _AT_ONCE = 2**20
 """Facts that are drawn at once, so that memory does not grow with the batch."""
 
@@ -103,7 +104,7 @@ def changes_of(
 def ratio_interval(
     above: Sequence[float], below: Sequence[float] | None = None
 ) -> tuple[float, float] | None:
-    """The 95% interval of Σ above / Σ below over items drawn together; None of a handful.
+    """The 95% interval of Σ above / Σ below over items drawn together; None of fewer than 5.
 
     Args:
         above: A value of each item.

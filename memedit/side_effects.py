@@ -280,7 +280,7 @@ def _intervals(
     likelihoods: Sequence[tuple[float, int]],
     shifts: Sequence[tuple[str, float, bool]],
 ) -> dict[str, tuple[float, float]]:
-    """Those that rest on more than one item and are finite, in the units of the metrics."""
+    """Those that rest on enough (`ratio_interval`) and are finite, in the units of the metrics."""
     likelihood = ratio_interval([total for total, _ in likelihoods], [n for _, n in likelihoods])
     same = ratio_interval([same for _, _, same in shifts])
     found = {

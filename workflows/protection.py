@@ -106,17 +106,15 @@ def protection_for(
         )
         for prompts in (chosen.protected, chosen.heldout)
     )
+    if settings.repair.rounds and settings.repair.prompts and not heldout:
+        progress.message("too few prompts were found to measure drift on: it does not limit repair")
     if not protected:
         if settings.protect.prompts:
             progress.message(
                 f"no names were found in {source.name} to protect other subjects with; the edit is "
-                "made without protected keys, and drift does not limit repair"
+                "made without protected keys"
             )
         return Protection(moments=None, prompts=0, heldout=heldout)
-    if settings.repair.rounds and settings.repair.prompts and not heldout:
-        progress.message(
-            "there are too few prompts to look at drift with: it does not limit repair"
-        )
     tokens = sum(map(len, protected))
     counted = MomentSettings(
         tokens=tokens,
