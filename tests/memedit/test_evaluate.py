@@ -16,12 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from memedit.architecture import architecture_of
 from memedit.config import EvaluationSettings
-from memedit.drift import (
-    DriftReference,
-    drift_prompts,
-    drift_reference,
-    measure_drift,
-)
+from memedit.drift import DriftReference, measure_drift
 from memedit.evaluate import (
     evaluation_of,
     measurable,
@@ -34,7 +29,6 @@ from memedit.free_text import Sample, ngram_entropy
 from memedit.generate import greedy_continuations
 from memedit.outcome import METRIC_KEYS, Evaluation, FactResult
 from memedit.prompts import encode_completion
-from memedit.protection import is_for_measuring
 from memedit.requests import EditRequest, Neighbour
 from tests.measured import measure_side_effects
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -334,52 +328,6 @@ def test_what_was_not_asked_for_is_none() -> None:
     not_given = {"attribute", "portability", "consistency"}
     assert missing == {"fluency", "perplexity", *DRIFT, *not_given}
     assert measure_drift(model, architecture_of(model.config), reference) is None
-
-
-def near(*prompts: str) -> tuple[Neighbour, ...]:
-    return tuple(Neighbour(prompt=prompt, target="old") for prompt in prompts)
-
-
-def test_drift_prompts_are_unique_spread_and_not_edited() -> None:
-    facts = [
-        EditRequest(
-            case_id=str(i),
-            subject=f"{i}",
-            prompt="the number {} is",
-            target_new="new",
-            neighbourhood=near(
-                "shared prompt", f"number {i} a", f"number {i} b", "the number 3 is"
-            ),
-        )
-        for i in range(10)
-    ]
-    texts = drift_prompts(facts, 1000)
-    assert len(texts) == len(set(texts)) and 5 < len(texts) < 16  # about half of 21
-    assert "the number 3 is" not in texts
-    few = drift_prompts(facts, 4)
-    assert len(set(few)) == 4 and set(few) <= set(texts)
-    assert [texts.index(text) for text in few] == [i * len(texts) // 4 for i in range(4)]
-
-
-def test_drift_is_measured_elsewhere_only_without_neighbours() -> None:
-    some = replace(FACTS[0], neighbourhood=near(*(f"number {i} is" for i in range(9))))
-    none = replace(FACTS[0], neighbourhood=())
-    others = ["in Kiel is", "in Ulm is"]
-    assert drift_prompts([some], 99, others) == drift_prompts([some], 99) != []
-    assert drift_prompts([none], 99, others) == others
-    assert drift_prompts([none], 1, others) == others[:1]
-    texts = [f"number {i} is" for i in range(9)]
-    protectable = replace(none, neighbourhood=near(*(t for t in texts if not is_for_measuring(t))))
-    assert protectable.neighbourhood and drift_prompts([protectable], 99, others) == others
-    single = replace(none, neighbourhood=near(next(t for t in texts if is_for_measuring(t))))
-    assert drift_prompts([single], 99, others) == [single.neighbourhood[0].prompt]
-
-
-def test_drift_against_a_reference_in_bfloat16_and_back() -> None:
-    model = tiny_model("llama", dtype=torch.bfloat16)
-    reference = drift_reference(model, None, [(3, 4, 5), (9,)])
-    assert reference.logprobs_NV.dtype == torch.float32
-    assert measure_drift(model, None, reference) == pytest.approx((0.0, 100.0), abs=1e-6)
 
 
 def test_fluency_is_the_mean_entropy_of_prompt_and_continuation() -> None:
